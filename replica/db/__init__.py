@@ -1,0 +1,1 @@
+"""The database: engine, tables and migrations. Only replica.catalog writes SQL against them."""

@@ -1,0 +1,159 @@
+"""The database: one way to begin a read, one way to begin a write, for PostgreSQL and SQLite alike.
+
+Given     a URL, and optionally a clock that a test turns by hand.
+Returns   Database, whose `read()` and `write()` give a Session.
+Promises  leaving `write()` commits, an exception rolls back; a write on SQLite begins IMMEDIATE; queues that the
+          work named in `session.wake` are told after the commit, never before; driver errors come out as ours.
+Partner   replica.catalog takes a Session first and never commits; replica.hints carries the wake-ups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, CursorResult, Engine
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.sql import Executable
+
+from replica.clock import Clock
+from replica.db.tables import instant
+from rules.errors import Broken, Conflict, Invalid, ReplicaError, Unavailable
+
+#: PostgreSQL: transaction-local bounds, so that one request cannot hold the others for ever.
+STATEMENT_TIMEOUT_SECONDS = 120
+#: SQLite: how long a writer waits for the one writer before it.
+SQLITE_BUSY_SECONDS = 30
+
+Wake = Callable[[set[str]], None]
+
+
+class Session:
+    """One open transaction. Catalogue functions take it first; only who began it ends it."""
+
+    def __init__(self, connection: Connection, clock: Clock | None) -> None:
+        self.connection = connection
+        self.dialect = connection.dialect.name
+        self._clock = clock
+        #: Queues to wake after the commit: the name of a site's queue, or of a pass.
+        self.wake: set[str] = set()
+
+    @cached_property
+    def now(self) -> datetime:
+        """The moment of this transaction by the database's clock: leases of all servers are measured by one clock."""
+        if self._clock is not None:
+            return self._clock()
+        if self.dialect == "postgresql":
+            query = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+        else:
+            query = "SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)"
+        return instant(int(self.connection.exec_driver_sql(query).scalar_one()))
+
+    def execute(self, statement: Executable, parameters: Sequence[Any] | dict[str, Any] | None = None) -> CursorResult[Any]:
+        return self.connection.execute(statement, parameters)  # type: ignore[return-value]
+
+    @property
+    def postgresql(self) -> bool:
+        return self.dialect == "postgresql"
+
+
+class Database:
+    """An engine with the two kinds of transaction."""
+
+    def __init__(self, url: str, *, clock: Clock | None = None, wake: Wake | None = None, pool_size: int = 10) -> None:
+        self.url = sa.engine.make_url(url)
+        self.clock = clock
+        #: Told the queues to wake after a commit. Must not raise and must not block.
+        self.on_commit: Wake = wake or (lambda queues: None)
+        self.engine = _engine(self.url, pool_size)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """A consistent look; nothing can be written by mistake."""
+        with _our_errors(), self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            else:
+                connection.exec_driver_sql("BEGIN")
+            yield Session(connection, self.clock)
+            connection.rollback()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Session]:
+        with _our_errors():
+            with self.engine.connect() as connection:
+                if connection.dialect.name == "sqlite":
+                    # A plain BEGIN would take the write lock at the first write and fail if anybody wrote since.
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                session = Session(connection, self.clock)
+                yield session
+                connection.commit()
+            if session.wake:
+                self.on_commit(session.wake)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _engine(url: sa.engine.URL, pool_size: int) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        engine = sa.create_engine(
+            url, connect_args={"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}, pool_size=pool_size
+        )
+
+        @sa.event.listens_for(engine, "connect")
+        def _pragmas(connection: sqlite3.Connection, record: object) -> None:
+            connection.isolation_level = None  # we say BEGIN ourselves
+            connection.execute("PRAGMA journal_mode=WAL")
+            # FULL, not NORMAL: an acknowledged rule must survive a power cut.
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("PRAGMA temp_store=MEMORY")
+            connection.execute("PRAGMA cache_size=-65536")
+
+        return engine
+    if url.get_backend_name() != "postgresql":
+        raise Invalid(
+            f"the database {url.get_backend_name()!r} is not supported",
+            hint="use postgresql://… or sqlite:///PATH",
+            field="database_url",
+        )
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": 5,
+            "options": f"-c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s -c timezone=UTC",
+        },
+    )
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    """Driver errors, told by kind and not by text, become ours. A half-done transaction was rolled back by then."""
+    try:
+        yield
+    except ReplicaError:
+        raise
+    except IntegrityError as error:
+        # The catalogue checks before it writes; who gets here lost a race against an equal request.
+        raise Conflict("somebody changed the same rows at this moment", hint="repeat the request") from error
+    except sa.exc.TimeoutError as error:
+        raise Unavailable("all database connections are in use", hint="try again in a few seconds") from error
+    except OperationalError as error:
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        if sqlstate in ("40001", "40P01"):
+            raise Conflict("two requests wanted the same rows", hint="repeat the request") from error
+        raise Unavailable(
+            "the database does not answer",
+            hint="nothing was changed; try again. An operator finds the cause with `replica doctor`",
+        ) from error
+    except DBAPIError as error:
+        raise Broken("the database refused a statement of ours") from error
