@@ -38,9 +38,7 @@ class Checksum:
     def __post_init__(self) -> None:
         digits = DIGITS.get(self.algorithm)
         if digits is None:
-            raise Invalid(
-                f"unknown checksum algorithm {self.algorithm[:40]!r}", hint=f"use one of {', '.join(DIGITS)}"
-            )
+            raise Invalid(f"unknown checksum algorithm {self.algorithm[:40]!r}", hint=f"use one of {', '.join(DIGITS)}")
         value = self.value.lower()
         if self.algorithm in ("adler32", "crc32c"):
             value = value.rjust(digits, "0")  # storages are known to drop leading zeros

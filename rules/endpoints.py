@@ -65,3 +65,12 @@ class Link:
     target_id: int
     distance: int = 1
     allowed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why an endpoint cannot serve; `endpoint_id` None: why the endpoints together cannot."""
+
+    endpoint_id: int | None
+    code: str  #: for programs, and for counting
+    message: str  #: for people; names the endpoint

@@ -44,6 +44,8 @@ class ReplicaError(Exception):
         self.hint = hint
         #: The field of the request that is at fault; empty when it is not one field.
         self.field = field
+        #: For bulk requests: the items at fault, each with its own reason; empty when it is the request as a whole.
+        self.items: list[dict[str, object]] = []
 
     @property
     def message(self) -> str:

@@ -84,14 +84,14 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """`key in (a, b)`"""
+    """`key in (a, b)`; printed without spaces, so that no text grows beyond LENGTH_MAX by being printed."""
 
     key: str
     values: tuple[str, ...]
     column: int = field(default=0, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.key} in ({', '.join(map(_written, self.values))})"
+        return f"{self.key} in({','.join(map(_written, self.values))})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ class _Reader:
             raise _wrong(
                 word.column,
                 f"{shown(word.text)} is not the name of an endpoint or tag",
-                hint=f"names are letters and digits joined by single '_' or '-'; for an attribute write {word.text[:40]}=true",
+                hint="names are letters and digits joined by single '_' or '-'; for any other attribute write key=true",
             )
         return Name(word.text, word.column)
 

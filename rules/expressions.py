@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import assert_never
 
 from rules.endpoints import BUILT_IN_KEYS, AttributeValue, Endpoint, attribute_text
-from rules.errors import InvalidExpression, Refused
+from rules.errors import Broken, InvalidExpression, Refused
 from rules.expression_syntax import Chain, Comparison, Everything, Expression, Leaf, Name, OneOf, leaves, number, parse
 
 __all__ = ["Chain", "Comparison", "Everything", "Expression", "Leaf", "Name", "OneOf", "parse", "select"]
@@ -109,7 +109,8 @@ class _Snapshot:
                 left = Chain(tree.first, tree.rest[:at]) if at else tree.first
                 verb = "is also in" if sign == "&" else "is left without"
                 reason = (f"`{_cut(left)}` selects {len(before)}, of which none {verb} `{_cut(term)}`", "")
-        assert reason is not None, "an empty chain was empty from its start or was emptied by a step"
+        if reason is None:
+            raise Broken(f"`{_cut(tree)}` selects something and was taken for empty")
         return reason
 
     def _why_leaf_empty(self, leaf: Leaf) -> tuple[str, str]:

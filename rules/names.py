@@ -81,7 +81,9 @@ def check_did_name(name: str) -> str:
     for segment in name.split("/"):
         if segment in ("", ".", ".."):
             what = {"": "an empty segment"}.get(segment, f"the segment {segment!r}")
-            raise no(f"has {what}", "segments between slashes must be real names: no '//', '.', '..', no slash at an end")
+            raise no(
+                f"has {what}", "what stands between slashes is a real name: no '//', '.', '..', no slash at an end"
+            )
         if len(segment.encode()) > SEGMENT_BYTES_MAX:
             raise no("has a segment that is too long", f"a segment has at most {SEGMENT_BYTES_MAX} bytes")
         if segment != segment.strip():
