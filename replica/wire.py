@@ -21,6 +21,8 @@ BULK_MAX = 10_000
 
 #: A count or a size; PostgreSQL's bigint is the limit.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+#: Which claim of a transfer somebody speaks of.
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 #: A bound on every free text, so that no request can carry a book.
 Text = Annotated[str, msgspec.Meta(max_length=2_000)]
 DidText = Annotated[str, msgspec.Meta(max_length=8_192)]
@@ -68,6 +70,10 @@ class Whoami(Answer):
     site: str | None = None
 
 
+class Health(Answer):
+    status: str
+
+
 class NewSite(Document):
     name: Text
 
@@ -108,7 +114,7 @@ class EndpointChange(Document):
     readable: bool | msgspec.UnsetType = msgspec.UNSET
     writable: bool | msgspec.UnsetType = msgspec.UNSET
     deletable: bool | msgspec.UnsetType = msgspec.UNSET
-    capacity_bytes: Count | None | msgspec.UnsetType = msgspec.UNSET
+    capacity_bytes: Count | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Endpoint(Answer):
@@ -127,6 +133,12 @@ class Endpoint(Answer):
     #: None: not known.
     free_bytes: int | None = None
     capacity_bytes: int | None = None
+
+
+class Space(Document):
+    """What a worker of the endpoint's site was told by the storage."""
+
+    free_bytes: Count
 
 
 # --- what -----------------------------------------------------------------------------------------------------------
@@ -390,8 +402,8 @@ class Orders(Answer):
 
 
 class Beat(Document):
-    transfer: int
-    epoch: int
+    transfer: Count
+    epoch: Epoch
     bytes_done: Count = 0
     phase: Literal["claimed", "moving", "verifying"] = "moving"
 
@@ -414,8 +426,8 @@ class Outcome(Document):
     `side` whose fault. *given_back*: nothing was wrong, the worker stops; does not count as an attempt.
     """
 
-    transfer: int
-    epoch: int
+    transfer: Count
+    epoch: Epoch
     outcome: Literal["done", "failed", "given_back"]
     source_endpoint: Text | None = None
     size: Count | None = None

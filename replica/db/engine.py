@@ -54,8 +54,10 @@ class Session:
             query = "SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)"
         return instant(int(self.connection.exec_driver_sql(query).scalar_one()))
 
-    def execute(self, statement: Executable, parameters: Sequence[Any] | dict[str, Any] | None = None) -> CursorResult[Any]:
-        return self.connection.execute(statement, parameters)  # type: ignore[return-value]
+    def execute(
+        self, statement: Executable, parameters: Sequence[Any] | dict[str, Any] | None = None
+    ) -> CursorResult[*tuple[Any, ...]]:
+        return self.connection.execute(statement, parameters)
 
     @property
     def postgresql(self) -> bool:
@@ -68,6 +70,8 @@ class Database:
     def __init__(self, url: str, *, clock: Clock | None = None, wake: Wake | None = None, pool_size: int = 10) -> None:
         self.url = sa.engine.make_url(url)
         self.clock = clock
+        #: How many transactions may go on at once without one waiting for another's connection.
+        self.pool_size = pool_size
         #: Told the queues to wake after a commit. Must not raise and must not block.
         self.on_commit: Wake = wake or (lambda queues: None)
         self.engine = _engine(self.url, pool_size)
@@ -75,7 +79,7 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """A consistent look; nothing can be written by mistake."""
-        with _our_errors(), self.engine.connect() as connection:
+        with our_errors(), self.engine.connect() as connection:
             if connection.dialect.name == "postgresql":
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             else:
@@ -85,7 +89,7 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
-        with _our_errors():
+        with our_errors():
             with self.engine.connect() as connection:
                 if connection.dialect.name == "sqlite":
                     # A plain BEGIN would take the write lock at the first write and fail if anybody wrote since.
@@ -136,7 +140,7 @@ def _engine(url: sa.engine.URL, pool_size: int) -> Engine:
 
 
 @contextlib.contextmanager
-def _our_errors() -> Iterator[None]:
+def our_errors() -> Iterator[None]:
     """Driver errors, told by kind and not by text, become ours. A half-done transaction was rolled back by then."""
     try:
         yield

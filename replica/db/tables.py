@@ -207,6 +207,8 @@ contents = Table(
     Index("ix_contents_child_id", "child_id", "parent_id"),
 )
 
+OWN_PATH = text("path IS NOT NULL")
+
 replicas = Table(
     "replicas",
     metadata,
@@ -219,6 +221,8 @@ replicas = Table(
     Column("tombstone_at", Instant),  # not protected by any rule since; NULL: protected, or never was under a rule
     Column("path", String(2000)),  # only where the endpoint's layout does not give it
     Index("ix_replicas_endpoint_id_state", "endpoint_id", "state"),
+    # Two files never share bytes at an endpoint; few rows have a path, so this costs the others nothing.
+    Index("uq_replicas_path", "endpoint_id", "path", unique=True, postgresql_where=OWN_PATH, sqlite_where=OWN_PATH),
 )
 
 # --- wishes ---------------------------------------------------------------------------------------------------------
@@ -243,11 +247,16 @@ rules = Table(
     Column("evaluate_at", Instant),
     # Copies of units that could not be placed yet.
     Column("copies_missing", Integer, nullable=False, server_default=text("0")),
+    # Units up to this id were looked at in the present round of placement; NULL: no round is under way.
+    Column("placed_to", BigInteger),
     Column("created_at", Instant, nullable=False),
     Column("updated_at", Instant, nullable=False),
     Column("expires_at", Instant, index=True),
     Index("ix_rules_evaluate_at", "evaluate_at", postgresql_where=text("evaluate_at IS NOT NULL")),
 )
+
+OPEN_LOCK = text("files_available < files_total")
+SLICED_LOCK = text("applied_to IS NOT NULL")
 
 locks = Table(
     "locks",
@@ -263,7 +272,12 @@ locks = Table(
     # Files with an id up to this one have their replica and transfer rows; NULL: all of them. Large units are
     # applied in slices; the lock protects from its first moment whatever the slices have reached.
     Column("applied_to", BigInteger),
+    # Of the bytes wanted, those that have no replica row yet: reserved, though not yet part of used_bytes.
+    Column("bytes_pending", BigInteger, nullable=False, server_default=text("0")),
     Index("ix_locks_unit_id", "unit_id", "endpoint_id"),
+    # Whether a rule still misses anything is read here, however many of its copies are complete.
+    Index("ix_locks_open", "rule_id", postgresql_where=OPEN_LOCK, sqlite_where=OPEN_LOCK),
+    Index("ix_locks_slices", "rule_id", "endpoint_id", postgresql_where=SLICED_LOCK, sqlite_where=SLICED_LOCK),
 )
 
 reasons = Table(
@@ -288,7 +302,9 @@ LIVE_TRANSFER = text(
     "state IN ({})".format(", ".join(str(s.value) for s in TransferState if s not in states.TRANSFER_TERMINAL))
 )
 QUEUED_TRANSFER = text(f"state = {TransferState.QUEUED.value}")
-LEASED_TRANSFER = text("state IN ({})".format(", ".join(str(s.value) for s in TransferState if s in states.TRANSFER_LEASED)))
+LEASED_TRANSFER = text(
+    "state IN ({})".format(", ".join(str(s.value) for s in TransferState if s in states.TRANSFER_LEASED))
+)
 
 transfers = Table(
     "transfers",
@@ -345,6 +361,7 @@ attempts = Table(
     Column("worker", String(128)),
     Column("outcome", String(16), nullable=False),  # done | failed | given_back | lost
     Column("error", String(40), nullable=False, server_default=""),
+    Column("side", String(8), nullable=False, server_default=""),  # of a failure: source | target | unknown
     Column("message", String(4_000), nullable=False, server_default=""),
     Column("bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("seconds", Float, nullable=False, server_default=text("0")),

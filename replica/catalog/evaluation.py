@@ -1,0 +1,142 @@
+"""Look again at rules that are due: place what is missing, work off slices, repair what got stuck.
+
+Given     nothing but the time: `evaluate_at` says which rules are due.
+Returns   how much was done; 0 when nothing is due.
+Promises  one rule in one transaction and one bounded slice of it, the longest due first, so no rule holds up another;
+          a rule whose evaluation fails gets a reason and a later turn. Safe to run twice at once.
+Partner   workers.evaluation calls it until it returns 0; replica.catalog.rule_states plans the next look.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from replica.catalog import guards, locks, placing, provision, reasons
+from replica.catalog.membership import files_of, literal
+from replica.catalog.rule_states import settle
+from replica.db.engine import Session
+from replica.db.tables import endpoints, replicas, rules
+from replica.db.tables import locks as locks_table
+from replica.db.tables import reasons as reasons_table
+from rules.endpoints import Endpoint
+from rules.errors import InvalidExpression, Refused, ReplicaError
+from rules.states import ReplicaState, RuleState
+
+_NOT_EVALUATED = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED, RuleState.SUSPENDED)
+
+
+def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
+    """One slice of the rule that is due longest; returns the files worked on plus one, or 0 when no rule is due."""
+    due = (
+        sa.select(rules)
+        .where(rules.c.evaluate_at <= s.now, rules.c.state.not_in(_NOT_EVALUATED))
+        .order_by(rules.c.evaluate_at, rules.c.id)
+        .limit(1)
+    )
+    rule = s.execute(due.with_for_update(skip_locked=True, key_share=True) if s.postgresql else due).one_or_none()
+    if rule is None:
+        return 0
+    try:
+        with s.connection.begin_nested():
+            worked = _evaluate(s, rule, limit_files)
+    except OperationalError:
+        raise  # the database itself: nothing can be noted there now
+    except (ReplicaError, DBAPIError) as error:
+        _note_failure(s, rule, error)
+        return 1
+    return worked + 1
+
+
+def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
+    placing_on = rule.placed_to is not None or rule.copies_missing > 0
+    _hold_endpoints(s, rule, every=placing_on)
+    worked = _place(s, rule) if placing_on else 0
+    applied = provision.apply_locks(s, rule.id, limit_files)
+    worked += applied
+    if not applied and not placing_on:
+        reasons.replace(s, rule.id, [])
+    if applied < limit_files:
+        worked += _repair(s, rule, limit_files - applied)
+    settle(s, [rule.id], evaluated=True)
+    return worked
+
+
+def _hold_endpoints(s: Session, rule: sa.Row[Any], *, every: bool) -> None:
+    if every:
+        guards.change_endpoints(s, sa.select(endpoints.c.id))
+    else:
+        mine = sa.select(locks_table.c.endpoint_id).where(locks_table.c.rule_id == rule.id)
+        guards.change_endpoints(s, mine)
+
+
+def _place(s: Session, rule: sa.Row[Any]) -> int:
+    """The next slice of a round over all units that lack copies; a round begins when some were missing before."""
+    begins = rule.placed_to is None
+    found: list[reasons.Found] = []
+    candidates: tuple[Endpoint, ...] = ()
+    lacking: list[int] = []
+    more = False
+    try:
+        candidates = placing.candidates(s, rule.expression)
+    except (Refused, InvalidExpression) as error:
+        found.append(reasons.Found(rule.id, "no_candidates", None, error.message, error.hint, rule.copies_missing or 1))
+    else:
+        lacking, more = locks.next_units(s, rule, locks.units_of_rule(rule), rule.placed_to)
+        if lacking:
+            found += placing.place(s, placing.Wanted.of(rule), lacking, candidates).reasons(rule.id)
+    if begins:
+        reasons.replace(s, rule.id, found)
+    else:
+        reasons.add(s, found)
+    reached = lacking[-1] if more else None
+    if reached != rule.placed_to:
+        s.execute(rules.update().where(rules.c.id == rule.id).values(placed_to=reached))
+    if not more:
+        locks.count_missing(s, rule)
+    return len(lacking)
+
+
+def _repair(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
+    """New transfers for copies that are locked and neither there nor on their way: failed, cancelled or lost."""
+    open_ = (
+        sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id)
+        .where(
+            locks_table.c.rule_id == rule.id,
+            locks_table.c.files_available < locks_table.c.files_total,
+            locks_table.c.applied_to.is_(None),
+        )
+        .subquery("open_locks")
+    )
+    held = files_of(open_)
+    lost = (
+        sa.select(held.c.file_id, held.c.endpoint_id)
+        .outerjoin(
+            replicas, sa.and_(replicas.c.file_id == held.c.file_id, replicas.c.endpoint_id == held.c.endpoint_id)
+        )
+        .where(
+            sa.or_(replicas.c.state.is_(None), replicas.c.state != literal(ReplicaState.AVAILABLE)),
+            ~provision.is_live(held.c.file_id, held.c.endpoint_id),
+        )
+        .distinct()
+        .order_by(held.c.file_id, held.c.endpoint_id)
+        .limit(limit_files)
+    )
+    pairs = [(row.file_id, row.endpoint_id) for row in s.execute(lost)]
+    if pairs:
+        provided = provision.provide(s, provision.wanted_by(s, rule.id, pairs))
+        settle(s, set(provided.touched) - {rule.id})
+    return len(pairs)
+
+
+def _note_failure(s: Session, rule: sa.Row[Any], error: Exception) -> None:
+    message = error.message if isinstance(error, ReplicaError) else "the rule could not be evaluated"
+    hint = (error.hint if isinstance(error, ReplicaError) else "") or "tell the operators; their log has the cause"
+    reasons.add(s, [reasons.Found(rule.id, "evaluation_failed", None, message, hint, 1)])
+    first = s.execute(
+        sa.select(sa.func.min(reasons_table.c.first_seen_at)).where(reasons_table.c.rule_id == rule.id)
+    ).scalar()
+    again = s.now + reasons.pause_after(first, s.now)
+    s.execute(rules.update().where(rules.c.id == rule.id).values(evaluate_at=again))

@@ -1,0 +1,134 @@
+"""Who holds whom: from a container down to its files, and from a file up to the rules that cover it.
+
+Given     row ids of DIDs, or pairs of a file and an endpoint.
+Returns   SQL to join with. The unit of a lock is a dataset or a single file, so everything has two branches.
+Promises  a walk down never looks into a dataset to find datasets, so its cost does not depend on the files.
+Partner   replica.catalog.placing and .locks put these into their statements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from replica.catalog.bulk import ids_of
+from replica.db.engine import Session
+from replica.db.tables import contents, dids, files, locks
+from rules.states import DidKind, Grouping
+
+
+def closure(roots: sa.Select[Any], name: str = "closure") -> sa.CTE:
+    """`(tag, id, kind)`: the roots and all collections below them. `roots` selects `(tag, id)`."""
+    start = roots.subquery()
+    walk = sa.select(start.c.tag, start.c.id, dids.c.kind).join(dids, dids.c.id == start.c.id).cte(name, recursive=True)
+    child = dids.alias(f"{name}_child")
+    return walk.union(
+        sa.select(walk.c.tag, child.c.id, child.c.kind)
+        .select_from(walk)
+        .join(contents, contents.c.parent_id == walk.c.id)
+        .join(child, child.c.id == contents.c.child_id)
+        .where(walk.c.kind == literal(DidKind.CONTAINER))
+    )
+
+
+def closure_of(did_id: int, name: str = "closure") -> sa.CTE:
+    """The closure of one DID; its tag is 0."""
+    columns: list[sa.ColumnElement[Any]] = [sa.literal(0).label("tag"), sa.literal(did_id, sa.BigInteger()).label("id")]
+    return closure(sa.select(*columns), name)
+
+
+def ancestors(s: Session, ids: list[int]) -> sa.CTE:
+    """`(id)`: the given DIDs and every collection above them."""
+    start = ids_of(s, "below", ids)
+    walk = sa.select(start.c.id).cte("ancestors", recursive=True)
+    return walk.union(
+        sa.select(contents.c.parent_id).select_from(walk).join(contents, contents.c.child_id == walk.c.id)
+    )
+
+
+def units(tree: sa.CTE, grouping: Grouping) -> sa.Select[Any]:
+    """`(tag, unit_id)`: what a rule on the root places as a whole."""
+    if grouping is not Grouping.NONE:
+        return sa.select(tree.c.tag, tree.c.id.label("unit_id")).where(
+            tree.c.kind.in_([literal(DidKind.DATASET), literal(DidKind.FILE)])
+        )
+    single = sa.select(tree.c.tag, tree.c.id.label("unit_id")).where(tree.c.kind == literal(DidKind.FILE))
+    held = (
+        sa.select(tree.c.tag, contents.c.child_id.label("unit_id"))
+        .select_from(tree)
+        .join(contents, contents.c.parent_id == tree.c.id)
+        .where(tree.c.kind == literal(DidKind.DATASET))
+    )
+    # Not UNION ALL: a file in two datasets of the tree is one unit.
+    both = held.union(single).subquery()
+    return sa.select(both.c.tag, both.c.unit_id)
+
+
+def files_of(of: sa.FromClause, *, after: str | None = None, upto: str | None = None) -> sa.Subquery:
+    """The columns of `of`, which has `unit_id`, with `file_id` and `size_bytes`: one row for each file of each unit.
+
+    `after` and `upto` name columns of `of` that bound the file ids: greater than the one, at most the other.
+    """
+    columns = list(of.c)
+    held = (
+        sa.select(*columns, contents.c.child_id.label("file_id"), files.c.size_bytes)
+        .select_from(of)
+        .join(contents, contents.c.parent_id == of.c.unit_id)
+        .join(files, files.c.did_id == contents.c.child_id)
+    )
+    if after is not None:
+        held = held.where(contents.c.child_id > of.c[after])
+    if upto is not None:
+        held = held.where(contents.c.child_id <= of.c[upto])
+    single = (
+        sa.select(*columns, files.c.did_id.label("file_id"), files.c.size_bytes)
+        .select_from(of)
+        .join(files, files.c.did_id == of.c.unit_id)
+    )
+    return sa.union_all(held, single).subquery("unit_files")
+
+
+def covering(pairs: sa.FromClause) -> sa.Subquery:
+    """`(rule_id, unit_id, endpoint_id, file_id)`: every lock that covers a pair, once for each pair it covers."""
+    lock = (locks.c.rule_id, locks.c.unit_id, locks.c.endpoint_id)
+    by_dataset = (
+        sa.select(*lock, pairs.c.file_id)
+        .select_from(pairs)
+        .join(contents, contents.c.child_id == pairs.c.file_id)
+        .join(locks, sa.and_(locks.c.unit_id == contents.c.parent_id, locks.c.endpoint_id == pairs.c.endpoint_id))
+    )
+    by_file = (
+        sa.select(*lock, pairs.c.file_id)
+        .select_from(pairs)
+        .join(locks, sa.and_(locks.c.unit_id == pairs.c.file_id, locks.c.endpoint_id == pairs.c.endpoint_id))
+    )
+    return sa.union_all(by_dataset, by_file).subquery("cover")
+
+
+def is_covered(
+    file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any], ignoring_rule: int | None = None
+) -> sa.ColumnElement[bool]:
+    """Whether any rule (but `ignoring_rule`) protects the file at the endpoint."""
+    own, of_dataset = locks.alias("own_lock"), locks.alias("dataset_lock")
+    by_file = sa.select(1).where(own.c.unit_id == file_id, own.c.endpoint_id == endpoint_id)
+    by_dataset = (
+        sa.select(1)
+        .select_from(contents)
+        .join(of_dataset, of_dataset.c.unit_id == contents.c.parent_id)
+        .where(contents.c.child_id == file_id, of_dataset.c.endpoint_id == endpoint_id)
+    )
+    if ignoring_rule is not None:
+        by_file = by_file.where(own.c.rule_id != ignoring_rule)
+        by_dataset = by_dataset.where(of_dataset.c.rule_id != ignoring_rule)
+    return sa.or_(sa.exists(by_file), sa.exists(by_dataset))
+
+
+def literal(state: Any) -> sa.ColumnElement[Any]:
+    """A state written into the statement: a bound value would hide from the planner that a partial index fits."""
+    return sa.literal_column(str(state.value), sa.SmallInteger())
+
+
+def any_of(column: sa.ColumnElement[Any], states: Any) -> sa.ColumnElement[bool]:
+    """`column IN (…)` with the numbers in the text, in the order in which the partial indexes have them."""
+    return column.in_([literal(state) for state in sorted(states, key=lambda state: state.value)])

@@ -1,0 +1,310 @@
+"""Orders: hand queued transfers to the workers of a site, and hear how they are doing.
+
+Given     a site, from the worker's token, and how much it can take.
+Returns   orders with a lease and an epoch; and, for heartbeats, which of them to stop.
+Promises  only the site's own transfers; never one that another worker holds; the epoch goes up with every claim, so
+          whoever lost a lease can change nothing any more. A claim is a fixed number of statements and reads the queue
+          only as far as its limit, whatever the length of the queue.
+Partner   rules.sources ranks the copies to read from; replica.catalog.outcomes takes the reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from replica import wire
+from replica.catalog import endpoints as endpoints_
+from replica.catalog import sites
+from replica.catalog.bulk import Columns, ids_of, rows_of
+from replica.catalog.membership import any_of, literal
+from replica.db.engine import Session
+from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
+from rules import expressions
+from rules.checksums import DIGITS
+from rules.endpoints import Endpoint, Link
+from rules.errors import ReplicaError
+from rules.names import Did
+from rules.paths import path_for
+from rules.sources import Source, rank, why_none
+from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
+
+#: Sources listed in one order, best first.
+SOURCES_MAX = 5
+#: How long a transfer waits before somebody looks again whether it has a source. A new source ends the pause at once.
+NO_SOURCE_SECONDS = 300
+#: How many transfers to endpoints that are not written to are put aside by one claim.
+PUT_ASIDE_MAX = 1_000
+PUT_ASIDE_SECONDS = 300
+
+
+@dataclass(slots=True)
+class _World:
+    """What a claim knows besides the transfers it took."""
+
+    endpoint: dict[int, Endpoint]
+    place: dict[int, sa.Row[Any]]
+    links: dict[tuple[int, int], Link]
+    #: file → endpoint → its replica
+    replicas: dict[int, dict[int, sa.Row[Any]]] = field(default_factory=dict)
+    #: (transfer, source) → failures, and how many of them were the source's fault
+    failures: dict[tuple[int, int], sa.Row[Any]] = field(default_factory=dict)
+    #: rule → endpoints that it allows as sources
+    allowed: dict[int, frozenset[int]] = field(default_factory=dict)
+
+
+def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
+    """Take up to `limit` transfers of the site, the most urgent first."""
+    _put_aside(s, site_id)
+    rows, more = _take(s, site_id, claim)
+    orders: list[wire.Order] = []
+    if rows:
+        world = _look(s, rows)
+        sourceless: list[tuple[int, str]] = []
+        for row in rows:
+            order = _order(row, world)
+            if isinstance(order, str):
+                sourceless.append((row.id, order))
+            else:
+                orders.append(order)
+        _lease(s, [order.transfer for order in orders], claim.worker, lease_seconds)
+        _put_back(s, sourceless)
+    sites.seen(s, site_id)
+    return wire.Orders(orders=orders, lease_seconds=lease_seconds, more=more)
+
+
+def heartbeat(s: Session, site_id: int, beat: wire.Heartbeat, *, lease_seconds: float) -> wire.HeartbeatAnswer:
+    """Renew the leases; what is not the worker's any more is to be stopped."""
+    alive: set[int] = set()
+    if beat.beats:
+        columns = {
+            "id": sa.BigInteger(),
+            "epoch": sa.Integer(),
+            "bytes_done": sa.BigInteger(),
+            "phase": sa.SmallInteger(),
+        }
+        batch = rows_of(
+            s,
+            "beats",
+            columns,
+            sorted((b.transfer, b.epoch, b.bytes_done, TransferState[b.phase.upper()].value) for b in beat.beats),
+        )
+        held = (
+            sa.select(transfers.c.id, batch.c.bytes_done, batch.c.phase)
+            .join(batch, sa.and_(batch.c.id == transfers.c.id, batch.c.epoch == transfers.c.epoch))
+            .where(transfers.c.site_id == site_id, any_of(transfers.c.state, TRANSFER_LEASED))
+            .order_by(transfers.c.id)
+        )
+        mine = (held.with_for_update(of=transfers, key_share=True) if s.postgresql else held).subquery("mine")
+        state = sa.type_coerce(transfers.c.state, sa.SmallInteger())
+        renewed = s.execute(
+            transfers.update()
+            .where(transfers.c.id == mine.c.id)
+            .values(
+                lease_until=s.now + timedelta(seconds=lease_seconds),
+                bytes_done=mine.c.bytes_done,
+                # Beats may overtake each other: a transfer never goes back.
+                state=sa.case((mine.c.phase > state, mine.c.phase), else_=state),
+            )
+            .returning(transfers.c.id)
+        )
+        alive = {id_ for (id_,) in renewed}
+    sites.seen(s, site_id)
+    stop = [b.transfer for b in beat.beats if b.transfer not in alive]
+    return wire.HeartbeatAnswer(lease_seconds=lease_seconds, stop=stop)
+
+
+def _put_aside(s: Session, site_id: int) -> None:
+    """What goes to an endpoint that is not written to now would only stand in the way of the rest."""
+    closed = (
+        sa.select(transfers.c.id)
+        .join(endpoints, endpoints.c.id == transfers.c.target_id)
+        .where(
+            transfers.c.site_id == site_id,
+            transfers.c.state == literal(TransferState.QUEUED),
+            endpoints.c.site_id == site_id,
+            endpoints.c.writable.is_(False),
+            sa.or_(transfers.c.not_before.is_(None), transfers.c.not_before <= s.now),
+        )
+        .order_by(transfers.c.id)
+        .limit(PUT_ASIDE_MAX)
+    )
+    held = closed.with_for_update(of=transfers, skip_locked=True, key_share=True) if s.postgresql else closed
+    s.execute(
+        transfers.update()
+        .where(
+            transfers.c.id.in_(held),
+            sa.exists(sa.select(1).where(endpoints.c.site_id == site_id, endpoints.c.writable.is_(False))),
+        )
+        .values(
+            not_before=s.now + timedelta(seconds=PUT_ASIDE_SECONDS),
+            reason_code="writing_off",
+            reason="writing is off at the target",
+        )
+    )
+
+
+def queue(s: Session, site_id: int, limit: int) -> sa.Select[Any]:
+    """The head of a site's queue. The index ix_transfers_queue has it in this order."""
+    target = endpoints.alias("target")
+    query = (
+        sa.select(transfers)
+        .join(target, target.c.id == transfers.c.target_id)
+        .where(
+            transfers.c.site_id == site_id,
+            transfers.c.state == literal(TransferState.QUEUED),
+            target.c.writable,
+            sa.or_(
+                transfers.c.not_before.is_(None),
+                transfers.c.not_before <= s.now,
+                transfers.c.reason_code == "writing_off",  # it is on again
+            ),
+        )
+        .order_by(transfers.c.priority.desc(), transfers.c.id)
+        .limit(limit)
+    )
+    return query.with_for_update(of=transfers, skip_locked=True, key_share=True) if s.postgresql else query
+
+
+def _take(s: Session, site_id: int, claim: wire.Claim) -> tuple[Sequence[sa.Row[Any]], bool]:
+    rows = s.execute(queue(s, site_id, claim.limit + 1)).all()
+    taken = 0
+    room = claim.limit_bytes
+    for row in rows[: claim.limit]:
+        if room is not None:
+            room -= row.size_bytes
+            if room < 0 and taken:
+                break
+        taken += 1
+    return rows[:taken], taken < len(rows)
+
+
+def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
+    world = _World(
+        endpoint={e.id: e for e in endpoints_.snapshot(s)},
+        place={row.id: row for row in s.execute(sa.select(endpoints))},
+        links=endpoints_.links(s),
+    )
+    wanted = ids_of(s, "files_claimed", sorted({row.file_id for row in rows}))
+    found = (
+        sa.select(replicas, dids.c.name, scopes.c.name.label("scope"), *(files.c[a] for a in DIGITS))
+        .join(wanted, wanted.c.id == replicas.c.file_id)
+        .join(files, files.c.did_id == replicas.c.file_id)
+        .join(dids, dids.c.id == replicas.c.file_id)
+        .join(scopes, scopes.c.id == dids.c.scope_id)
+    )
+    for row in s.execute(found):
+        world.replicas.setdefault(row.file_id, {})[row.endpoint_id] = row
+    claimed = ids_of(s, "claimed", [row.id for row in rows])
+    failures = (
+        sa.select(
+            attempts.c.transfer_id,
+            attempts.c.source_id,
+            sa.func.count().label("failures"),
+            sa.func.sum(sa.case((attempts.c.side == "source", 1), else_=0)).label("own"),
+        )
+        .join(claimed, claimed.c.id == attempts.c.transfer_id)
+        .where(attempts.c.outcome == "failed", attempts.c.source_id.is_not(None))
+        .group_by(attempts.c.transfer_id, attempts.c.source_id)
+    )
+    world.failures = {(row.transfer_id, row.source_id): row for row in s.execute(failures)}
+    asked_by = sorted({row.rule_id for row in rows if row.rule_id is not None})
+    limits = sa.select(rules.c.id, rules.c.source_expression).where(
+        rules.c.id.in_(asked_by), rules.c.source_expression.is_not(None)
+    )
+    for rule in s.execute(limits):
+        try:
+            chosen = expressions.select(rule.source_expression, world.endpoint.values())
+        except ReplicaError:
+            chosen = ()  # it selects nothing any more: then nothing is allowed
+        world.allowed[rule.id] = frozenset(e.id for e in chosen)
+    return world
+
+
+def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
+    """The order for one transfer, or why there is no source for it."""
+    there = world.replicas.get(row.file_id, {})
+    at_target = there.get(row.target_id)
+    if at_target is None:
+        return "its replica is not in the catalogue"  # cannot be; the next evaluation of its rule makes it
+    target = world.endpoint[row.target_id]
+    allowed = world.allowed.get(row.rule_id)
+    known = []
+    for endpoint_id, replica in there.items():
+        if replica.state is not ReplicaState.AVAILABLE or (allowed is not None and endpoint_id not in allowed):
+            continue
+        failed = world.failures.get((row.id, endpoint_id))
+        known.append(
+            Source(
+                world.endpoint[endpoint_id],
+                verified=replica.evidence is not Evidence.DECLARED,
+                suspicious=failed is not None and failed.own > 0,
+                recent_failures=0 if failed is None else failed.failures,
+            )
+        )
+    ranked = rank(known, target, world.links)[:SOURCES_MAX]
+    if not ranked and at_target.evidence is not Evidence.DECLARED:
+        return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
+    did = Did(at_target.scope, at_target.name)
+    values = at_target._mapping
+    return wire.Order(
+        transfer=row.id,
+        epoch=row.epoch + 1,
+        did=str(did),
+        size=row.size_bytes,
+        checksums={a: values[a].hex() for a in DIGITS if values[a] is not None},
+        target_endpoint=target.name,
+        target_url=world.place[target.id].url,
+        target_path=_path(did, at_target, world),
+        sources=[
+            wire.OrderSource(
+                endpoint=source.endpoint.name,
+                url=world.place[source.endpoint.id].url,
+                path=_path(did, there[source.endpoint.id], world),
+            )
+            for source in ranked
+        ],
+        attempt=row.attempts + 1,
+    )
+
+
+def _path(did: Did, replica: sa.Row[Any], world: _World) -> str:
+    return str(replica.path) if replica.path is not None else path_for(did, world.place[replica.endpoint_id].layout)
+
+
+def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) -> None:
+    if not ids:
+        return
+    batch = ids_of(s, "leased", ids)
+    s.execute(
+        transfers.update()
+        .where(transfers.c.id == batch.c.id)
+        .values(
+            state=TransferState.CLAIMED,
+            epoch=transfers.c.epoch + 1,
+            attempts=transfers.c.attempts + 1,
+            worker=worker[:128],
+            lease_until=s.now + timedelta(seconds=lease_seconds),
+            bytes_done=0,
+            not_before=None,
+            reason_code=None,
+            reason=None,
+        )
+    )
+
+
+def _put_back(s: Session, sourceless: Sequence[tuple[int, str]]) -> None:
+    if not sourceless:
+        return
+    again = s.now + timedelta(seconds=NO_SOURCE_SECONDS)
+    columns: Columns = {"id": sa.BigInteger(), "reason": sa.String(), "not_before": Instant()}
+    batch = rows_of(s, "sourceless", columns, [(id_, reason[:2_000], again) for id_, reason in sourceless])
+    s.execute(
+        transfers.update()
+        .where(transfers.c.id == batch.c.id)
+        .values(not_before=batch.c.not_before, reason_code="no_source", reason=batch.c.reason)
+    )

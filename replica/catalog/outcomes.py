@@ -1,0 +1,471 @@
+"""What became of orders: a whole batch of reports in one transaction.
+
+Given     the outcomes a worker reports, or leases that ran out.
+Returns   how many counted, and which came too late.
+Promises  an outcome counts only with the epoch of the present claim, so each transfer has one accepted completion;
+          *done* counts only when size and checksums are the catalogue's; about twenty statements for a thousand
+          outcomes as for one; a failure of the target never blames a source, and a source is blamed only when two
+          attempts said so.
+Partner   rules.transfers decides what follows a failure; replica.catalog.locks moves the counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from replica import wire
+from replica.catalog import guards, locks, provision, reasons
+from replica.catalog.bulk import Columns, ids_of, rows_of
+from replica.catalog.membership import any_of, covering, literal
+from replica.catalog.provision import PAIR
+from replica.catalog.rule_states import settle
+from replica.db.engine import Session
+from replica.db.tables import Instant, attempts, endpoints, files, replicas, rules, transfers
+from rules.checksums import DIGITS, Agreement, Checksums
+from rules.errors import ChecksumDiffers, Invalid, SourceMissing
+from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
+from rules.transfers import GiveUp, RetryPolicy, after_failure, describe
+
+DEFAULT_POLICY = RetryPolicy()
+#: How many leases that ran out one call takes back.
+EXPIRED_MAX = 1_000
+#: Independent attempts that must blame a source before its replica is no longer taken for good.
+BLAMED_BY = 2
+
+#: What the blame of an error says about the replica that was read.
+_BLAMES = {SourceMissing.code: ReplicaState.UNAVAILABLE, ChecksumDiffers.code: ReplicaState.BAD}
+
+
+@dataclass(slots=True)
+class _Ending:
+    """One outcome, joined with the transfer it is about, and what follows from it."""
+
+    id: int
+    epoch: int
+    file_id: int
+    target_id: int
+    rule_id: int | None
+    attempts: int
+    worker: str | None
+    outcome: str
+    state: TransferState = TransferState.QUEUED
+    attempts_after: int = 0
+    source_id: int | None = None
+    size: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    message: str = ""
+    side: str = ""
+    hint: str = ""
+    retry_after_seconds: float | None = None
+    not_before: datetime | None = None
+    reason_code: str | None = None
+    reason: str | None = None
+    learned: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.file_id, self.target_id
+
+
+def report(
+    s: Session, site_id: int, report: wire.Report, *, fraction: float, policy: RetryPolicy = DEFAULT_POLICY
+) -> wire.ReportAnswer:
+    """Carry out a batch of outcomes. `fraction` in [0, 1) is the jitter of the pauses before other attempts."""
+    said = {outcome.transfer: outcome for outcome in report.outcomes}
+    if len(said) < len(report.outcomes):
+        raise Invalid("a transfer is reported twice in one batch", hint="report each once", field="outcomes")
+    columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
+    wanted = rows_of(s, "outcomes", columns, sorted((o.transfer, o.epoch) for o in report.outcomes))
+    current = (
+        sa.select(transfers)
+        .join(wanted, sa.and_(wanted.c.id == transfers.c.id, wanted.c.epoch == transfers.c.epoch))
+        .where(transfers.c.site_id == site_id, any_of(transfers.c.state, TRANSFER_LEASED))
+        .order_by(transfers.c.id)
+    )
+    sources = _endpoint_ids(s, {o.source_endpoint for o in report.outcomes if o.source_endpoint})
+    found = s.execute(current).all()
+    _hold(s, found, said, sources)
+    if s.postgresql and found:
+        # Only now nobody else can end them: what was current before may not be any more.
+        found = s.execute(current.with_for_update(of=transfers, key_share=True)).all()
+    endings = [_ending(row, said[row.id], sources, report.worker) for row in found]
+    if endings:
+        _check_content(s, endings, said)
+        _decide(s, endings, fraction, policy)
+        _carry_out(s, endings)
+    accepted = {ending.id for ending in endings}
+    return wire.ReportAnswer(
+        accepted=len(accepted), stale=[o.transfer for o in report.outcomes if o.transfer not in accepted]
+    )
+
+
+def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
+    """Give back what workers hold that stopped answering; who lost too many workers already has failed."""
+    current = (
+        sa.select(transfers)
+        .where(any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.lease_until < s.now)
+        .order_by(transfers.c.lease_until, transfers.c.id)
+        .limit(EXPIRED_MAX)
+    )
+    found = s.execute(current).all()
+    if not found:
+        return 0
+    _hold(s, found, {}, {})
+    if s.postgresql:
+        ids = ids_of(s, "expired", sorted(row.id for row in found))
+        again = (
+            sa.select(transfers)
+            .join(ids, ids.c.id == transfers.c.id)
+            .where(any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.lease_until < s.now)
+            .order_by(transfers.c.id)
+        )
+        found = s.execute(again.with_for_update(of=transfers, key_share=True, skip_locked=True)).all()
+    endings = []
+    for row in found:
+        ending = _Ending(
+            row.id, row.epoch, row.file_id, row.target_id, row.rule_id, row.attempts, row.worker, "lost",
+            attempts_after=row.attempts, source_id=row.source_id, error="lost",
+        )  # fmt: skip
+        ending.message = f"the worker {row.worker} stopped answering"
+        if row.attempts >= policy.attempts_max:
+            ending.state = TransferState.FAILED
+            ending.reason_code, ending.reason = "lost", f"{ending.message}, and so did others: {row.attempts} attempts"
+            ending.hint = "the file or an endpoint may be what stops the workers: look at their logs"
+        else:
+            ending.reason_code, ending.reason = "lost", ending.message
+        endings.append(ending)
+    if endings:
+        _carry_out(s, endings)
+        provision.wake_sites(s, {row.site_id for row in found})
+    return len(endings)
+
+
+# --- what was said --------------------------------------------------------------------------------------------------
+
+
+def _endpoint_ids(s: Session, names: set[str]) -> dict[str, int]:
+    if not names:
+        return {}
+    rows = s.execute(sa.select(endpoints.c.name, endpoints.c.id).where(endpoints.c.name.in_(sorted(names))))
+    return {row.name: row.id for row in rows}
+
+
+def _hold(s: Session, found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome], sources: dict[str, int]) -> None:
+    """Hold rules, blamed endpoints and replicas, in this order. SQLite has one writer and nothing to hold."""
+    if not found or not s.postgresql:
+        return
+    targets = {(row.file_id, row.target_id) for row in found}
+    blamed = {
+        (row.file_id, sources[o.source_endpoint])
+        for row in found
+        if (o := said.get(row.id)) is not None and _is_blame(o) and o.source_endpoint in sources
+    }
+    pairs = rows_of(s, "concerned", PAIR, sorted(targets | blamed))
+    guards.change_rules_covering(s, pairs)
+    if blamed:
+        guards.change_endpoints(s, sorted({endpoint_id for _, endpoint_id in blamed} | {e for _, e in targets}))
+    guards.change_replicas(s, pairs)
+
+
+def _is_blame(outcome: wire.Outcome) -> bool:
+    return outcome.outcome == "failed" and outcome.side == "source" and outcome.error in _BLAMES
+
+
+def _ending(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worker: str) -> _Ending:
+    return _Ending(
+        id=row.id,
+        epoch=row.epoch,
+        file_id=row.file_id,
+        target_id=row.target_id,
+        rule_id=row.rule_id,
+        attempts=row.attempts,
+        worker=worker[:128],
+        outcome=said.outcome,
+        attempts_after=row.attempts,
+        source_id=sources.get(said.source_endpoint or "", row.source_id),
+        size=row.size_bytes,
+        seconds=said.seconds,
+        error=said.error[:40],
+        message=said.message,
+        side=said.side if said.outcome == "failed" else "",
+        retry_after_seconds=said.retry_after_seconds,
+    )
+
+
+def _check_content(s: Session, endings: list[_Ending], said: dict[int, wire.Outcome]) -> None:
+    """A worker that says *done* and names other content than the catalogue has failed, whatever it says."""
+    done = [ending for ending in endings if ending.outcome == "done"]
+    if not done:
+        return
+    ids = ids_of(s, "done_files", sorted({ending.file_id for ending in done}))
+    known = {row.did_id: row for row in s.execute(sa.select(files).join(ids, ids.c.id == files.c.did_id))}
+    for ending in done:
+        file, outcome = known[ending.file_id], said[ending.id]
+        values = file._mapping
+        mine = Checksums.of({a: values[a].hex() for a in DIGITS if values[a] is not None})
+        try:
+            theirs = Checksums.of(outcome.checksums)
+        except Invalid as error:
+            _differs(ending, f"the worker reported a checksum that is none: {error.message}")
+            continue
+        if outcome.size is not None and outcome.size != file.size_bytes:
+            _differs(ending, f"the target has {outcome.size} bytes, the catalogue {file.size_bytes}")
+        elif mine.compare(theirs) is Agreement.DIFFER:
+            _differs(ending, "the checksums at the target are not those of the catalogue")
+        elif mine.compare(theirs) is Agreement.AGREE:
+            known_already = mine.as_dict()
+            ending.learned = {c.algorithm: bytes.fromhex(c.value) for c in theirs if c.algorithm not in known_already}
+        else:
+            _differs(ending, "the worker reported no checksum that the catalogue knows: nothing was proven")
+
+
+def _differs(ending: _Ending, message: str) -> None:
+    ending.outcome, ending.error, ending.message, ending.side = "failed", ChecksumDiffers.code, message, "target"
+
+
+def _decide(s: Session, endings: list[_Ending], fraction: float, policy: RetryPolicy) -> None:
+    failed = [ending for ending in endings if ending.outcome == "failed"]
+    sources = _other_sources(s, failed)
+    for ending in endings:
+        match ending.outcome:
+            case "done":
+                ending.state = TransferState.DONE
+            case "given_back":
+                ending.attempts_after = max(0, ending.attempts - 1)
+            case _:
+                # Transfers that failed together must not come back together: each has its own part of the jitter.
+                own = (fraction + (ending.id * 0.6180339887498949)) % 1.0
+                after = after_failure(
+                    ending.error, ending.attempts, policy, own, ending.retry_after_seconds, sources.get(ending.id, 0)
+                )
+                ending.reason_code, ending.reason = ending.error or "error", ending.message[:2_000] or ending.error
+                ending.hint = describe(after.error_class)
+                if isinstance(after, GiveUp):
+                    ending.state = TransferState.FAILED
+                else:
+                    ending.not_before = s.now + timedelta(seconds=after.delay_seconds)
+
+
+def _other_sources(s: Session, failed: Sequence[_Ending]) -> dict[int, int]:
+    """Transfer → how many good copies there are besides the one that was just tried."""
+    if not failed:
+        return {}
+    columns: Columns = {"id": sa.BigInteger(), **PAIR, "source_id": sa.BigInteger()}
+    batch = rows_of(s, "failed", columns, [(e.id, e.file_id, e.target_id, e.source_id) for e in failed])
+    query = (
+        sa.select(batch.c.id, sa.func.count().label("sources"))
+        .join(replicas, replicas.c.file_id == batch.c.file_id)
+        .join(endpoints, endpoints.c.id == replicas.c.endpoint_id)
+        .where(
+            replicas.c.state == literal(ReplicaState.AVAILABLE),
+            endpoints.c.readable,
+            replicas.c.endpoint_id != batch.c.endpoint_id,
+            replicas.c.endpoint_id.is_distinct_from(batch.c.source_id),
+        )
+        .group_by(batch.c.id)
+    )
+    return {row.id: row.sources for row in s.execute(query)}
+
+
+# --- what follows ---------------------------------------------------------------------------------------------------
+
+
+def _carry_out(s: Session, endings: list[_Ending]) -> None:
+    """Rules, replicas and transfers are held. Counters move while the transfers are still as they were."""
+    touched: set[int] = set()
+    done = [ending for ending in endings if ending.state is TransferState.DONE]
+    failed = [ending for ending in endings if ending.state is TransferState.FAILED]
+    _keep_attempts(s, endings)
+    came: sa.FromClause | None = None
+    if done:
+        came = _make_available(s, done)
+        touched.update(locks.count_available(s, came, 1))
+        _learn(s, done)
+    _end_transfers(s, endings)
+    if came is not None:
+        locks.sources_appeared(s, came)
+    if failed:
+        batch = rows_of(s, "given_up", PAIR, sorted(ending.pair for ending in failed))
+        touched.update(provision.count_stuck(s, batch, 1))
+        _note(s, failed)
+    touched.update(_blame(s, endings))
+    settle(s, touched)
+
+
+def _keep_attempts(s: Session, endings: list[_Ending]) -> None:
+    columns: Columns = {
+        "transfer_id": sa.BigInteger(),
+        "epoch": sa.Integer(),
+        "source_id": sa.BigInteger(),
+        "worker": sa.String(),
+        "outcome": sa.String(),
+        "error": sa.String(),
+        "side": sa.String(),
+        "message": sa.String(),
+        "bytes": sa.BigInteger(),
+        "seconds": sa.Float(),
+        "at": Instant(),
+    }
+    rows = [
+        (
+            e.id,
+            e.epoch,
+            e.source_id,
+            e.worker,
+            e.outcome,
+            e.error,
+            e.side,
+            e.message[:4_000],
+            e.size if e.state is TransferState.DONE else 0,
+            e.seconds,
+            s.now,
+        )
+        for e in endings
+    ]
+    batch = rows_of(s, "attempts", columns, rows)
+    s.execute(attempts.insert().from_select(list(columns), sa.select(batch)))
+
+
+def _make_available(s: Session, done: list[_Ending]) -> sa.FromClause:
+    """The replicas that became available by it: all of them, unless somebody registered one meanwhile."""
+    batch = rows_of(s, "done", PAIR, sorted(ending.pair for ending in done))
+    changed = s.execute(
+        replicas.update()
+        .where(
+            replicas.c.file_id == batch.c.file_id,
+            replicas.c.endpoint_id == batch.c.endpoint_id,
+            replicas.c.state != literal(ReplicaState.AVAILABLE),
+        )
+        .values(state=ReplicaState.AVAILABLE, evidence=Evidence.COPIED, verified_at=s.now)
+        .returning(replicas.c.file_id, replicas.c.endpoint_id)
+    ).all()
+    return rows_of(s, "came", PAIR, [(row.file_id, row.endpoint_id) for row in changed])
+
+
+def _learn(s: Session, done: list[_Ending]) -> None:
+    """Checksums that the catalogue did not have: computed from bytes that a known one proved."""
+    news = {ending.file_id: ending.learned for ending in done if ending.learned}
+    if not news:
+        return
+    columns: Columns = {"did_id": sa.BigInteger(), **{a: sa.LargeBinary() for a in DIGITS}}
+    batch = rows_of(s, "learned", columns, [(f, *(news[f].get(a) for a in DIGITS)) for f in sorted(news)])
+    s.execute(
+        files.update()
+        .where(files.c.did_id == batch.c.did_id)
+        .values({a: sa.func.coalesce(files.c[a], batch.c[a]) for a in DIGITS})
+    )
+
+
+def _end_transfers(s: Session, endings: list[_Ending]) -> None:
+    columns: Columns = {
+        "id": sa.BigInteger(),
+        "state": sa.SmallInteger(),
+        "attempts": sa.Integer(),
+        "source_id": sa.BigInteger(),
+        "bytes_done": sa.BigInteger(),
+        "not_before": Instant(),
+        "reason_code": sa.String(),
+        "reason": sa.String(),
+        "finished_at": Instant(),
+    }
+    terminal = (TransferState.DONE, TransferState.FAILED)
+    rows = [
+        (
+            e.id,
+            e.state.value,
+            e.attempts_after,
+            e.source_id,
+            e.size if e.state is TransferState.DONE else 0,
+            e.not_before,
+            e.reason_code,
+            e.reason,
+            s.now if e.state in terminal else None,
+        )
+        for e in endings
+    ]
+    batch = rows_of(s, "endings", columns, rows)
+    s.execute(
+        transfers.update()
+        .where(transfers.c.id == batch.c.id)
+        .values({name: batch.c[name] for name in columns if name != "id"} | {"lease_until": None})
+    )
+
+
+def _note(s: Session, failed: list[_Ending]) -> None:
+    """Tell every rule that locks one of these copies."""
+    by_pair = {ending.pair: ending for ending in failed}
+    batch = rows_of(s, "noted", PAIR, sorted(by_pair))
+    cover = covering(batch)
+    query = sa.select(cover.c.rule_id, cover.c.file_id, cover.c.endpoint_id).distinct()
+    reasons.add(
+        s,
+        [
+            reasons.Found(row.rule_id, e.reason_code or "error", e.target_id, e.reason or "", e.hint, 1)
+            for row in s.execute(query)
+            if (e := by_pair[(row.file_id, row.endpoint_id)])
+        ],
+    )
+
+
+def _blame(s: Session, endings: list[_Ending]) -> list[int]:
+    """Replicas that two attempts found missing or wrong are no longer taken for good; locked ones are made anew."""
+    suspects = {
+        (e.file_id, e.source_id): _BLAMES[e.error]
+        for e in endings
+        if e.outcome == "failed" and e.side == "source" and e.error in _BLAMES and e.source_id is not None
+    }
+    if not suspects:
+        return []
+    batch = rows_of(s, "suspects", PAIR, sorted(suspects))
+    query = (
+        sa.select(replicas.c.file_id, replicas.c.endpoint_id)
+        .select_from(batch)
+        .join(replicas, sa.and_(replicas.c.file_id == batch.c.file_id, replicas.c.endpoint_id == batch.c.endpoint_id))
+        .join(transfers, transfers.c.file_id == replicas.c.file_id)
+        .join(
+            attempts,
+            sa.and_(
+                attempts.c.transfer_id == transfers.c.id,
+                attempts.c.source_id == replicas.c.endpoint_id,
+                attempts.c.side == "source",
+                attempts.c.error.in_(sorted(_BLAMES)),
+                # What was found before the replica was last proven is forgiven.
+                attempts.c.at >= sa.func.coalesce(replicas.c.verified_at, sa.literal(0, sa.BigInteger())),
+            ),
+        )
+        .where(replicas.c.state == literal(ReplicaState.AVAILABLE))
+        .group_by(replicas.c.file_id, replicas.c.endpoint_id)
+        .having(sa.func.count() >= BLAMED_BY)
+    )
+    guilty = sorted((row.file_id, row.endpoint_id) for row in s.execute(query))
+    if not guilty:
+        return []
+    pairs = rows_of(s, "guilty", {**PAIR, "state": sa.SmallInteger()}, [(*p, suspects[p].value) for p in guilty])
+    s.execute(
+        replicas.update()
+        .where(replicas.c.file_id == pairs.c.file_id, replicas.c.endpoint_id == pairs.c.endpoint_id)
+        .values(state=pairs.c.state)
+    )
+    touched = locks.count_available(s, pairs, -1)
+    cover = covering(pairs)
+    wanted = (
+        sa.select(
+            cover.c.file_id,
+            cover.c.endpoint_id,
+            sa.func.max(files.c.size_bytes).label("size_bytes"),
+            sa.func.min(rules.c.id).label("rule_id"),
+            sa.func.max(rules.c.priority).label("priority"),
+            sa.func.min(rules.c.activity).label("activity"),
+        )
+        .join(files, files.c.did_id == cover.c.file_id)
+        .join(rules, rules.c.id == cover.c.rule_id)
+        .group_by(cover.c.file_id, cover.c.endpoint_id)
+        .subquery("wanted")
+    )
+    return touched + provision.provide(s, wanted).touched

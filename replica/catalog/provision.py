@@ -1,0 +1,300 @@
+"""From a lock to the rows that make it true: replicas on their way, and the transfers that bring them.
+
+Given     pairs of a file and an endpoint that rules want, or a rule whose locks are not worked off yet.
+Returns   how many files were looked at.
+Promises  harmless to repeat: what is there stays, what is missing is made, and never a second live transfer. Space is
+          booked with the row that needs it. About ten statements for any number of files.
+Partner   replica.catalog.placing makes the locks; site workers claim the transfers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from replica.catalog.bulk import Columns, insert, rows_of
+from replica.catalog.membership import any_of, covering, files_of, literal
+from replica.catalog.rule_states import settle
+from replica.db.engine import Session
+from replica.db.tables import contents, endpoints, files, locks, replicas, rules, sites, transfers
+from rules.states import TRANSFER_TERMINAL, ReplicaState, TransferState
+
+LIVE = tuple(state for state in TransferState if state not in TRANSFER_TERMINAL)
+#: How a transfer ends without its file being there.
+IN_VAIN = (TransferState.FAILED, TransferState.CANCELLED)
+
+PAIR: Columns = {"file_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}
+
+
+def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
+    """One slice of the locks of a rule that are not worked off yet; returns how many files it held, 0 at the end.
+
+    The caller holds the rule and the endpoints of its locks, and settles it.
+    """
+    bounds = _next_bounds(s, rule_id, limit_files)
+    if not bounds:
+        return 0
+    columns = {name: sa.BigInteger() for name in ("rule_id", "unit_id", "endpoint_id", "after", "upto", "next")}
+    part = rows_of(s, "slices", columns, bounds)
+    held = files_of(part, after="after", upto="upto")
+    wanted = (
+        sa.select(
+            held.c.file_id,
+            held.c.endpoint_id,
+            sa.func.max(held.c.size_bytes).label("size_bytes"),
+            rules.c.id.label("rule_id"),
+            rules.c.priority,
+            rules.c.activity,
+        )
+        .join(rules, rules.c.id == held.c.rule_id)
+        .group_by(held.c.file_id, held.c.endpoint_id, rules.c.id)
+        .subquery("wanted")
+    )
+    provided = provide(s, wanted)
+    settle(s, set(provided.touched) - {rule_id})
+    lock = sa.and_(
+        locks.c.rule_id == part.c.rule_id,
+        locks.c.unit_id == part.c.unit_id,
+        locks.c.endpoint_id == part.c.endpoint_id,
+    )
+    # Two units may have shared a file that was made once: what is left is settled by the last slice of each unit.
+    share = rows_of(
+        s, "booked", {"id": sa.BigInteger(), "bytes": sa.BigInteger()}, sorted(provided.created_bytes.items())
+    )
+    booked = sa.select(share.c.bytes).where(share.c.id == locks.c.endpoint_id).scalar_subquery()
+    left = locks.c.bytes_pending - sa.func.coalesce(booked, 0)
+    s.execute(
+        locks.update()
+        .where(lock)
+        .values(
+            applied_to=part.c.next,
+            bytes_pending=sa.case((part.c.next.is_(None), 0), (left < 0, 0), else_=left),
+        )
+    )
+    return int(s.execute(sa.select(sa.func.count()).select_from(held)).scalar_one())
+
+
+def _next_bounds(s: Session, rule_id: int, limit_files: int) -> list[tuple[int, int, int, int, int, int | None]]:
+    """`(rule, unit, endpoint, after, upto, next)`: whole units as long as they fit, else a part of the first one."""
+    query = (
+        sa.select(locks.c.unit_id, locks.c.endpoint_id, locks.c.applied_to, locks.c.files_total)
+        .where(locks.c.rule_id == rule_id, locks.c.applied_to.is_not(None))
+        .order_by(locks.c.unit_id, locks.c.endpoint_id)
+        .limit(max(limit_files, 1))
+    )
+    everything = 2**63 - 1
+    bounds: list[tuple[int, int, int, int, int, int | None]] = []
+    room = limit_files
+    for lock in s.execute(query).all():
+        if lock.files_total <= room:
+            room -= lock.files_total
+            bounds.append((rule_id, lock.unit_id, lock.endpoint_id, lock.applied_to, everything, None))
+        elif not bounds:
+            upto = s.execute(
+                sa.select(contents.c.child_id)
+                .where(contents.c.parent_id == lock.unit_id, contents.c.child_id > lock.applied_to)
+                .order_by(contents.c.child_id)
+                .offset(limit_files - 1)
+                .limit(1)
+            ).scalar()
+            end = everything if upto is None else upto
+            return [(rule_id, lock.unit_id, lock.endpoint_id, lock.applied_to, end, upto)]
+        else:
+            break
+    return bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Provided:
+    #: Endpoint id → bytes of the replicas that were made.
+    created_bytes: dict[int, int]
+    #: Rules whose counters moved because copies that were stuck are tried again; the caller settles their states.
+    touched: list[int]
+
+
+def provide(s: Session, wanted: sa.FromClause) -> Provided:
+    """Make what is missing for `(file_id, endpoint_id, size_bytes, rule_id, priority, activity)`, one row for a pair.
+
+    The caller holds rules and endpoints.
+    """
+    touched = try_again(s, wanted)
+    created = _make_replicas(s, wanted)
+    _protect(s, wanted)
+    _raise_priority(s, wanted)
+    _make_transfers(s, wanted)
+    return Provided(created, touched)
+
+
+def try_again(s: Session, pairs: sa.FromClause) -> list[int]:
+    """Transfers are about to be made for these pairs: those that were stuck are not any more.
+
+    Returns the rules that notice; the caller settles their states.
+    """
+    stuck = s.execute(_in_vain(pairs)).all()
+    if not stuck:
+        return []
+    return count_stuck(s, rows_of(s, "tried_again", PAIR, [(row.file_id, row.endpoint_id) for row in stuck]), -1)
+
+
+def wanted_by(s: Session, rule_id: int, pairs: list[tuple[int, int]]) -> sa.Subquery:
+    """What `provide` takes, for pairs that this rule wants."""
+    batch = rows_of(s, "wanted_pairs", PAIR, pairs)
+    return (
+        sa.select(
+            batch.c.file_id,
+            batch.c.endpoint_id,
+            files.c.size_bytes,
+            rules.c.id.label("rule_id"),
+            rules.c.priority,
+            rules.c.activity,
+        )
+        .select_from(batch)
+        .join(files, files.c.did_id == batch.c.file_id)
+        .join(rules, rules.c.id == rule_id)
+        .subquery("wanted")
+    )
+
+
+def _make_replicas(s: Session, wanted: sa.FromClause) -> dict[int, int]:
+    # No look whether they are there: a row that somebody is deleting at this moment must be waited for, not skipped.
+    # Written out: within RETURNING, SQLAlchemy would not see that `replicas` is the row just made.
+    size = sa.literal_column("(SELECT size_bytes FROM files WHERE did_id = replicas.file_id)", sa.BigInteger())
+    made = s.execute(
+        insert(s, replicas)
+        .from_select(
+            ["file_id", "endpoint_id", "state"],
+            sa.select(wanted.c.file_id, wanted.c.endpoint_id, literal(ReplicaState.COPYING))
+            .where(sa.true())
+            .order_by(wanted.c.file_id, wanted.c.endpoint_id),
+        )
+        .on_conflict_do_nothing()
+        .returning(replicas.c.endpoint_id, size)
+    )
+    created: Counter[int] = Counter()
+    for endpoint_id, size_bytes in made:
+        created[endpoint_id] += size_bytes
+    book(s, created)
+    return created
+
+
+def book(s: Session, bytes_by_endpoint: dict[int, int]) -> None:
+    """Replica rows of so many bytes came (or, below zero, went); the caller holds the endpoints."""
+    changes = sorted((e, n) for e, n in bytes_by_endpoint.items() if n)
+    if changes:
+        batch = rows_of(s, "booking", {"id": sa.BigInteger(), "bytes": sa.BigInteger()}, changes)
+        s.execute(
+            endpoints.update()
+            .where(endpoints.c.id == batch.c.id)
+            .values(used_bytes=endpoints.c.used_bytes + batch.c.bytes)
+        )
+
+
+def _protect(s: Session, wanted: sa.FromClause) -> None:
+    s.execute(
+        replicas.update()
+        .where(
+            replicas.c.tombstone_at.is_not(None),
+            sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id).in_(
+                sa.select(wanted.c.file_id, wanted.c.endpoint_id)
+            ),
+        )
+        .values(tombstone_at=None)
+    )
+
+
+def _raise_priority(s: Session, wanted: sa.FromClause) -> None:
+    """Who is in a hurry takes along what others queued with less."""
+    s.execute(
+        transfers.update()
+        .where(
+            transfers.c.file_id == wanted.c.file_id,
+            transfers.c.target_id == wanted.c.endpoint_id,
+            transfers.c.state == literal(TransferState.QUEUED),
+            transfers.c.priority < wanted.c.priority,
+        )
+        .values(priority=wanted.c.priority)
+    )
+
+
+def is_live(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    live = transfers.alias("live")
+    return sa.exists(
+        sa.select(1).where(live.c.file_id == file_id, live.c.target_id == endpoint_id, any_of(live.c.state, LIVE))
+    )
+
+
+def is_stuck(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Of a replica that is not available: a transfer ended in vain, and none is under way now."""
+    vain = transfers.alias("vain")
+    ended = sa.exists(
+        sa.select(1).where(vain.c.file_id == file_id, vain.c.target_id == endpoint_id, any_of(vain.c.state, IN_VAIN))
+    )
+    return sa.and_(ended, ~is_live(file_id, endpoint_id))
+
+
+def _missing(wanted: sa.FromClause) -> sa.Select[Any]:
+    return (
+        sa.select(wanted.c.file_id, wanted.c.endpoint_id)
+        .join(replicas, sa.and_(replicas.c.file_id == wanted.c.file_id, replicas.c.endpoint_id == wanted.c.endpoint_id))
+        .where(replicas.c.state != literal(ReplicaState.AVAILABLE))
+    )
+
+
+def _in_vain(wanted: sa.FromClause) -> sa.Select[Any]:
+    return _missing(wanted).where(is_stuck(wanted.c.file_id, wanted.c.endpoint_id))
+
+
+def _make_transfers(s: Session, wanted: sa.FromClause) -> None:
+    nothing_yet = sa.literal(s.now, transfers.c.created_at.type)
+    rows = (
+        _missing(wanted)
+        .join(endpoints, endpoints.c.id == wanted.c.endpoint_id)
+        .where(~is_live(wanted.c.file_id, wanted.c.endpoint_id))
+        .with_only_columns(
+            wanted.c.file_id,
+            wanted.c.endpoint_id,
+            endpoints.c.site_id,
+            wanted.c.rule_id,
+            literal(TransferState.QUEUED),
+            wanted.c.priority,
+            wanted.c.activity,
+            wanted.c.size_bytes,
+            nothing_yet,
+        )
+        .order_by(wanted.c.file_id, wanted.c.endpoint_id)
+    )
+    names = ["file_id", "target_id", "site_id", "rule_id", "state", "priority", "activity", "size_bytes", "created_at"]
+    made = s.execute(
+        insert(s, transfers).from_select(names, rows).on_conflict_do_nothing().returning(transfers.c.site_id)
+    )
+    wake_sites(s, {site_id for (site_id,) in made})
+
+
+def wake_sites(s: Session, site_ids: set[int]) -> None:
+    if site_ids:
+        query = sa.select(sites.c.name).where(sites.c.id.in_(sorted(site_ids)))
+        s.wake.update(f"site.{name}" for (name,) in s.execute(query))
+
+
+def count_stuck(s: Session, pairs: sa.FromClause, sign: int) -> list[int]:
+    """The files of these pairs became stuck (1) or are no longer (-1); returns the rules that notice."""
+    cover = covering(pairs)
+    change = (
+        sa.select(cover.c.rule_id, cover.c.unit_id, cover.c.endpoint_id, sa.func.count().label("files"))
+        .group_by(cover.c.rule_id, cover.c.unit_id, cover.c.endpoint_id)
+        .subquery("change")
+    )
+    changed = s.execute(
+        locks.update()
+        .where(
+            locks.c.rule_id == change.c.rule_id,
+            locks.c.unit_id == change.c.unit_id,
+            locks.c.endpoint_id == change.c.endpoint_id,
+        )
+        .values(files_stuck=locks.c.files_stuck + sign * change.c.files)
+        .returning(locks.c.rule_id)
+    )
+    return sorted({rule_id for (rule_id,) in changed})

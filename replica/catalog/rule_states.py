@@ -1,0 +1,110 @@
+"""The state of rules after something changed below them, and when somebody must look at them again.
+
+Given     the ids of rules whose counters changed in this transaction.
+Returns   nothing; states, reasons and `evaluate_at` are as the locks say.
+Promises  a rule that is not satisfied always has a next look, so nothing that was lost stays lost; a rule that is
+          satisfied has no reasons. Statements do not grow with the number of rules.
+Partner   rules.rule_state decides; replica.catalog.evaluation looks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+
+from replica.catalog import guards, reasons
+from replica.catalog.bulk import rows_of
+from replica.db.engine import Session
+from replica.db.tables import Instant, locks, rules
+from replica.db.tables import reasons as reasons_table
+from rules.rule_state import state_of
+from rules.states import RuleState
+
+#: Copies on their way are looked after this often, should a transfer have got lost.
+WATCH_SECONDS = 900
+
+_OPEN = locks.c.files_available < locks.c.files_total
+
+
+def settle(s: Session, rule_ids: Collection[int], *, evaluated: bool = False) -> None:
+    """Set the states of these rules by what is true now. At most five statements.
+
+    `evaluated`: they were just looked at, so a look that was due is done; else it stays due.
+    """
+    if not rule_ids:
+        return
+    # What others changed below these rules is seen, or they see ours: whoever comes last settles for both.
+    guards.change_rules(s, sorted(rule_ids))
+    changes: list[tuple[int, int, datetime | None]] = []
+    satisfied: list[int] = []
+    for row in s.execute(_facts(rule_ids)).all():
+        pending = row.placed_to is not None or row.sliced
+        state = state_of(row.copies_missing, int(row.replicating or pending), int(row.stuck), row.state)
+        evaluate_at = _next_look(s, row, state, pending, evaluated)
+        if state is RuleState.OK and row.state is not RuleState.OK:
+            satisfied.append(row.id)
+        if state is not row.state or evaluate_at != row.evaluate_at:
+            changes.append((row.id, state.value, evaluate_at))
+    if satisfied:
+        reasons.clear(s, satisfied)
+    if not changes:
+        return
+    batch = rows_of(
+        s,
+        "rule_states",
+        {"id": sa.BigInteger(), "state": sa.SmallInteger(), "evaluate_at": Instant()},
+        changes,
+    )
+    changed_at = sa.case((rules.c.state != batch.c.state, sa.literal(s.now, Instant())), else_=rules.c.updated_at)
+    s.execute(
+        rules.update()
+        .where(rules.c.id == batch.c.id)
+        .values(state=batch.c.state, evaluate_at=batch.c.evaluate_at, updated_at=changed_at)
+    )
+    if any(at is not None and at <= s.now for _, _, at in changes):
+        s.wake.add("evaluation")
+    s.execute(
+        reasons_table.update().where(reasons_table.c.rule_id == batch.c.id).values(next_retry_at=batch.c.evaluate_at)
+    )
+
+
+def _facts(rule_ids: Collection[int]) -> sa.Select[tuple[object, ...]]:
+    def any_lock(*where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return sa.exists(sa.select(1).where(locks.c.rule_id == rules.c.id, *where))
+
+    first_seen = (
+        sa.select(sa.func.min(reasons_table.c.first_seen_at))
+        .where(reasons_table.c.rule_id == rules.c.id)
+        .scalar_subquery()
+    )
+    return sa.select(
+        rules.c.id,
+        rules.c.state,
+        rules.c.copies_missing,
+        rules.c.evaluate_at,
+        rules.c.placed_to,
+        any_lock(_OPEN, locks.c.files_total > locks.c.files_available + locks.c.files_stuck).label("replicating"),
+        any_lock(_OPEN, locks.c.files_stuck > 0).label("stuck"),
+        any_lock(locks.c.applied_to.is_not(None)).label("sliced"),
+        first_seen.label("first_seen_at"),
+    ).where(rules.c.id.in_(sorted(rule_ids)))
+
+
+def _next_look(
+    s: Session, row: sa.Row[tuple[object, ...]], state: RuleState, pending: bool, evaluated: bool
+) -> datetime | None:
+    if pending:
+        due = s.now
+    elif state is RuleState.STUCK:
+        due = s.now + reasons.pause_after(row.first_seen_at, s.now)
+    elif state is RuleState.REPLICATING:
+        due = s.now + timedelta(seconds=WATCH_SECONDS)
+    else:
+        return None
+    planned: datetime | None = row.evaluate_at
+    # The sooner look stays planned, unless it is the one that just happened.
+    if planned is not None and planned <= due and not (evaluated and planned <= s.now):
+        return planned
+    return due

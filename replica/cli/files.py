@@ -1,0 +1,102 @@
+"""`replica upload` and `replica download`: bytes between this machine and endpoints whose disk is here.
+
+Given     files and folders, or DIDs.
+Returns   what was done; exit code 1 when any file failed, with the reason of each on stderr.
+Partner   replica.client.upload and replica.client.download do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from replica.cli.common import Command, connected, output, pointing
+from replica.cli.output import human_size, say
+
+if TYPE_CHECKING:
+    from replica.client.upload import Failed
+
+_SHOWN = 20
+
+
+@click.command(cls=Command)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH…")
+@click.option("--scope", required=True, help="The scope of the new DIDs.")
+@click.option("--dataset", help="Put the files into this dataset; it is made if it is not there.")
+@click.option("--endpoint", help="Where to; else the disk on this machine with most space.")
+def upload(paths: tuple[Path, ...], scope: str, dataset: str | None, endpoint: str | None) -> int:
+    """Copy files or folders to an endpoint, verified, and register them.
+
+    A file gets the DID SCOPE:its-name; a file in a folder is named by its path relative to that folder. The same
+    command again goes on where it was.
+    """
+    from replica.cli.progress import progress
+    from replica.client import upload as uploading
+
+    with connected() as client, progress("upload") as tell:
+        done = uploading.upload(
+            client,
+            paths,
+            scope=scope,
+            dataset=dataset,
+            endpoint=endpoint,
+            tell=tell,
+            chosen=lambda name: say(f"uploading to {name}"),
+        )
+    into = f" in {done.dataset}" if done.dataset else ""
+    output().lines(
+        done,
+        [
+            f"{done.files} files, {human_size(done.bytes)}, are registered at {done.endpoint}{into}:"
+            f" {done.copied} copied, {done.adopted} were there already"
+        ],
+    )
+    return _show_failed(done.failed, done.not_tried)
+
+
+@click.command(cls=Command)
+@click.argument("dids", nargs=-1, required=True, metavar="DID…")
+@click.option("--dir", "directory", default=".", type=click.Path(path_type=Path), help="Where to.  [default: here]")
+@click.option("--from", "from_expression", metavar="EXPR", help="Only from these endpoints.")
+def download(dids: tuple[str, ...], directory: Path, from_expression: str | None) -> int:
+    """Fetch files, or datasets with all their files, verified, each to DIR/its-name.
+
+    What is there already and right is left alone; what is there and different is never overwritten.
+    """
+    from replica.cli.progress import progress
+    from replica.client import download as downloading
+
+    with (
+        connected() as client,
+        pointing(where=from_expression, expression=from_expression),
+        progress("download") as tell,
+    ):
+        done = downloading.download(client, dids, dir=directory, from_expression=from_expression, tell=tell)
+    output().lines(
+        done,
+        [
+            f"{done.files} files, {human_size(done.bytes)}, are in {done.dir}:"
+            f" {done.copied} fetched, {done.adopted} were there already"
+        ],
+    )
+    return _show_failed(done.failed)
+
+
+def _show_failed(failed: Sequence[Failed], not_tried: int = 0) -> int:
+    for failure in failed[:_SHOWN]:
+        first, *rest = failure.reason.splitlines() or [""]
+        say(f"replica: {failure.did} failed: {first}")
+        for line in rest:
+            say(f"  {line}")
+    if len(failed) > _SHOWN:
+        say(f"replica: and {len(failed) - _SHOWN} more files failed; -o json lists all of them")
+    if not_tried:
+        say(f"replica: {not_tried} files were not tried")
+    for hint in dict.fromkeys(f.hint for f in failed[:_SHOWN] if f.hint):
+        say(f"hint: {hint}")
+    if failed or not_tried:
+        say("hint: the same command again does what is left")
+    return 1 if failed or not_tried else 0

@@ -1,0 +1,148 @@
+"""The command `replica`: what there is to type, and what becomes of errors.
+
+Given     the words after `replica`.
+Returns   0 done, 1 refused or failed, 2 usage, 3 not found, 4 not allowed, 5 not yet, 6 server unreachable.
+Promises  a command's module is imported when the command runs, so that `replica --help` answers in under 200 ms;
+          `--server`, `--token-file` and `-o` work before and after the subcommand; no traceback for anything foreseen.
+Partner   one module a noun beside this one; replica.cli.output prints.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from replica.cli.common import Group, Lazy
+
+SERVICE = "Run it"
+PLACES = "Places"
+DATA = "Data"
+WISHES = "Wishes and work"
+
+#: name → (section, where the command is, what it does). Help is static: printing it imports no command.
+COMMANDS: Mapping[str, Lazy] = {
+    "demo": Lazy(SERVICE, "service:demo", "Three sites on this machine: load, replicate, break, heal, verify."),
+    "up": Lazy(SERVICE, "service:up", "The whole system in one process: API, unattended work, site workers."),
+    "serve": Lazy(SERVICE, "service:serve", "The API as a process of its own."),
+    "worker": Lazy(SERVICE, "service:worker", "The worker of one site: it moves the bytes."),
+    "control": Lazy(SERVICE, "service:control", "Unattended work: evaluates rules, watches leases, expires."),
+    "migrate": Lazy(SERVICE, "service:migrate", "Create the database schema or bring it up to date."),
+    "doctor": Lazy(SERVICE, "service:doctor", "Say what is configured, from where, and what is wrong."),
+    "whoami": Lazy(PLACES, "accounts:whoami", "Who the server takes you for."),
+    "site": Lazy(PLACES, "sites:site", "Sites: places with storage and a worker."),
+    "endpoint": Lazy(PLACES, "endpoints:endpoint", "Endpoints: the storage at a site."),
+    "scope": Lazy(DATA, "scopes:scope", "Scopes: the first half of every DID."),
+    "did": Lazy(DATA, "dids:did", "Files, datasets and containers."),
+    "register": Lazy(DATA, "replicas:register", "Make files known that are at an endpoint already."),
+    "upload": Lazy(DATA, "files:upload", "Copy files or directories to an endpoint and register them."),
+    "download": Lazy(DATA, "files:download", "Fetch files or datasets, verified."),
+    "locate": Lazy(DATA, "replicas:locate", "Where the replicas of a DID are."),
+    "rule": Lazy(WISHES, "rules:rule", "Rules: how many good copies, and where."),
+    "transfer": Lazy(WISHES, "transfers:transfer", "Transfers: what is being copied, and why not."),
+}
+
+EPILOG = (
+    "A DID is written scope:name. REPLICA_SERVER and REPLICA_TOKEN_FILE say which server and who you are; "
+    "`replica up` prints both."
+)
+
+#: Exit code of each branch of the error tree; the nearest ancestor counts.
+EXIT_CODES: Mapping[str, int] = {
+    "NotFound": 3,
+    "NotAuthenticated": 4,
+    "NotAllowed": 4,
+    "Unavailable": 6,
+    "ReplicaError": 1,
+}
+
+
+def exit_code(error: Exception) -> int:
+    return next(EXIT_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in EXIT_CODES)
+
+
+class Root(Group):
+    """The top command; its `main` is where every error ends."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        sys.exit(self._run(args, prog_name or "replica", complete_var, extra))
+
+    def _run(
+        self, args: Sequence[str] | None, prog_name: str, complete_var: str | None, extra: Mapping[str, Any]
+    ) -> int:
+        from replica.cli.output import say, show_error
+        from rules.errors import Refused, ReplicaError
+
+        try:
+            result: object = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.Abort:
+            say("replica: interrupted")
+            return 130
+        except click.UsageError as error:
+            say(f"replica: {error.format_message()}")
+            if error.ctx is not None:
+                say(f"hint: see `{error.ctx.command_path} --help`")
+            return 2
+        except click.ClickException as error:
+            say(f"replica: {error.format_message()}")
+            return error.exit_code
+        except ReplicaError as error:
+            show_error(error)
+            return exit_code(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            show_error(Refused(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"))
+            return 1
+        return result if isinstance(result, int) else 0
+
+
+root = Root(
+    name="replica",
+    help="Declare where good copies of research data must exist, and keep it true over many sites.",
+    epilog=EPILOG,
+    lazy=COMMANDS,
+    sections=(SERVICE, PLACES, DATA, WISHES),
+)
+
+
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    from importlib import metadata
+
+    try:
+        click.echo(f"replica {metadata.version('replica-manager')}")
+    except metadata.PackageNotFoundError:
+        click.echo("replica, not installed: run from its sources")
+    context.exit()
+
+
+root.params.append(
+    click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_show_version,
+        help="Show the version and exit.",
+    )
+)
+
+
+def main() -> None:
+    """The console script."""
+    root()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The same calls for asyncio: what a site's worker says to the centre, and bulk.
+
+Given     the server's URL and a token.
+Returns   AsyncClient with `.orders`, `.endpoints`, `.replicas` and `.send(call)` for everything else.
+Promises  as replica.client.http: errors of rules.errors, no answer at all is Unavailable, a call is sent twice only
+          when that cannot have a second effect.
+Partner   workers.mover uses it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from replica import wire
+from replica.client.calls import Call
+from replica.client.endpoints import report_space
+from replica.client.http import (
+    CONNECT_SECONDS,
+    NDJSON,
+    TIMEOUT_SECONDS,
+    LineReader,
+    checked_token,
+    parse_server,
+    unreachable,
+)
+from replica.client.orders import claim_call, heartbeat_call, report_call
+from replica.client.problems import error_from
+from replica.client.replicas import locate, register
+from rules.errors import Unavailable
+from rules.names import Did
+
+T = TypeVar("T")
+
+
+class AsyncHttp:
+    """Made outside of a loop or inside; the first call opens the session in the loop that runs then."""
+
+    def __init__(self, server: str, token: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self.server = parse_server(server)[0]
+        self._token = checked_token(token)
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=min(CONNECT_SECONDS, timeout_seconds), sock_read=timeout_seconds
+        )
+        self._session: aiohttp.ClientSession | None = None
+
+    async def send(self, call: Call[T]) -> T:
+        headers = {"Accept": "application/json"}
+        if call.creates:
+            headers["Idempotency-Key"] = str(uuid.uuid4())
+        for last in (not call.safe_to_repeat, True):
+            try:
+                async with self._request(call, headers) as response:
+                    status, media_type, body = response.status, response.content_type, await response.read()
+                break
+            except (aiohttp.ClientConnectorError, TimeoutError) as error:  # not reached, or no time left
+                raise self._unreachable(error) from error
+            except (aiohttp.ClientError, OSError) as error:
+                if last:
+                    raise self._unreachable(error) from error
+        if not 200 <= status < 300:
+            raise error_from(status, media_type, body, self.server)
+        try:
+            return call.decoded(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Unavailable(
+                f"{self.server} answered something that Replica does not",
+                hint="check the server's URL, and that client and server are of compatible releases",
+            ) from error
+
+    async def lines(self, call: Call[T]) -> AsyncIterator[T]:
+        """The items of a stream as they come. Unavailable when it ends without its trailer or with a wrong count."""
+        try:
+            async with self._request(call, {"Accept": NDJSON}) as response:
+                if response.status != 200 or response.content_type != NDJSON:
+                    raise error_from(response.status, response.content_type, await response.read(), self.server)
+                reader = LineReader(call)
+                async for line in response.content:
+                    if (item := reader.item(line)) is not None:
+                        yield item
+                reader.end()
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._unreachable(error) from error
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def _request(self, call: Call[Any], headers: dict[str, str]) -> Any:
+        if self._session is None:
+            about = {"User-Agent": "replica"}
+            if self._token is not None:
+                about["Authorization"] = f"Bearer {self._token}"
+            self._session = aiohttp.ClientSession(headers=about, timeout=self._timeout, trust_env=False)
+        body = call.encoded()
+        if body is not None:
+            headers = headers | {"Content-Type": "application/json"}
+        # encoded: the names are quoted already, and must not be "normalised". No redirects: the token stays here.
+        url = URL(self.server + call.target(), encoded=True)
+        return self._session.request(call.method, url, data=body, headers=headers, allow_redirects=False)
+
+    def _unreachable(self, error: BaseException) -> Exception:
+        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        return unreachable(self.server, cause)
+
+
+class AsyncOrders:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def claim(self, claim: wire.Claim) -> wire.Orders:
+        return await self._http.send(claim_call(claim))
+
+    async def heartbeat(self, heartbeat: wire.Heartbeat) -> wire.HeartbeatAnswer:
+        return await self._http.send(heartbeat_call(heartbeat))
+
+    async def report(self, report: wire.Report) -> wire.ReportAnswer:
+        return await self._http.send(report_call(report))
+
+
+class AsyncEndpoints:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def report_space(self, name: str, free_bytes: int) -> None:
+        await self._http.send(report_space(name, free_bytes))
+
+
+class AsyncReplicas:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def register(self, registration: wire.Registration) -> wire.Registered:
+        return await self._http.send(register(registration))
+
+    def locate(self, did: str | Did) -> AsyncIterator[wire.Replica]:
+        return self._http.lines(locate(did))
+
+
+class AsyncClient:
+    """`async with AsyncClient(server, token) as client: …`"""
+
+    def __init__(self, server: str, token: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._http = AsyncHttp(server, token, timeout_seconds=timeout_seconds)
+        self.orders = AsyncOrders(self._http)
+        self.endpoints = AsyncEndpoints(self._http)
+        self.replicas = AsyncReplicas(self._http)
+
+    async def send(self, call: Call[T]) -> T:
+        return await self._http.send(call)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,417 @@
+"""Bring files to an endpoint and make them known.
+
+Given     files and folders of this machine, a scope; perhaps a dataset and an endpoint.
+Returns   Uploaded: what was copied, what was there already, and every file that failed, with the reason.
+Promises  all names are checked before the first byte moves; no file has its final name before it was verified; the same
+          command again goes on where it was: what is there is verified and adopted. When the catalogue refuses files,
+          those that this upload put there are removed again, never those that it found there.
+Partner   replica.storage.copy moves and proves one file; the catalogue takes each batch in one transaction.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat as mode_of
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from replica import wire
+from replica.client.parallel import THREADS, Progress, Tell, in_parallel, nobody
+from replica.client.places import Folder, Places
+from replica.storage.copy import Control, Copied, copy_local
+from replica.storage.posix import PosixStorage
+from rules.errors import (
+    AlreadyExists,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NoSpace,
+    NotAllowed,
+    NotFound,
+    Refused,
+    ReplicaError,
+    StorageError,
+    Unreachable,
+)
+from rules.names import Did, check_scope, shown
+from rules.paths import path_for
+from rules.quantities import human_bytes
+
+if TYPE_CHECKING:
+    from replica.client import Client
+
+#: Files in one registration.
+BATCH = 500
+#: So many files are looked for at each endpoint to see whether an earlier upload was on its way there.
+_LOOK_AT = 100
+
+
+class Failed(msgspec.Struct, kw_only=True):
+    """A file that did not make it, and why."""
+
+    did: str
+    path: str
+    reason: str
+    hint: str = ""
+
+
+class Uploaded(msgspec.Struct, kw_only=True):
+    """What became of an upload. `files` = `copied` + `adopted` are registered now."""
+
+    endpoint: str
+    dataset: str | None = None
+    files: int = 0
+    bytes: int = 0
+    copied: int = 0
+    #: Found at the endpoint already, read there and proven equal.
+    adopted: int = 0
+    #: Of the registered files, DIDs that did not exist before.
+    new: int = 0
+    failed: list[Failed] = []
+    #: Files that were not tried because the endpoint itself failed.
+    not_tried: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file to upload: its DID, the folder it is seen from, its path in it."""
+
+    did: Did
+    folder: Path
+    path: str
+    size_bytes: int
+
+    @property
+    def local(self) -> str:
+        return os.path.join(self.folder, self.path)  # noqa: PTH118  a Path is slow to make, and there may be millions
+
+
+def upload(
+    client: Client,
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    scope: str,
+    dataset: str | None = None,
+    endpoint: str | None = None,
+    tell: Tell = nobody,
+    chosen: Callable[[str], None] = lambda _: None,
+    batch: int = BATCH,
+    threads: int = THREADS,
+) -> Uploaded:
+    """Upload files and folders. `chosen` hears which endpoint it will be, `tell` how far it is."""
+    check_scope(scope)
+    parent = dataset_did(scope, dataset)
+    sources = gather(paths, scope)
+    if parent in (clash := {s.did: s for s in sources}):
+        raise Invalid(
+            f"the dataset {parent} has the name of the file {clash[parent].local}", hint="choose another dataset name"
+        )
+    place = _choose(client, endpoint, sources)
+    storage = Places().open(place)
+    chosen(place.name)
+    require_scope(client, scope)
+    if parent is not None:
+        require_dataset(client, parent)
+    run = _Run(client, place, storage, parent, sources, tell, threads)
+    for some in _batches(sources, batch):
+        if not run.go(some):
+            break
+    return run.result
+
+
+class _Run:
+    """One upload on its way: copies a batch, registers it, takes back what was refused."""
+
+    def __init__(
+        self,
+        client: Client,
+        place: wire.Endpoint,
+        storage: PosixStorage,
+        parent: Did | None,
+        sources: Sequence[Source],
+        tell: Tell,
+        threads: int,
+    ) -> None:
+        self._client, self._place, self._storage, self._parent = client, place, storage, parent
+        self._tell, self._threads = tell, threads
+        self._folders: dict[Path, Folder] = {}
+        self._files_total = len(sources)
+        self._bytes_total = sum(s.size_bytes for s in sources)
+        self._files_done = self._bytes_done = 0
+        #: In the name of every temporary: nobody else's, and recognisable as an upload's.
+        self._tag = f"upload-{secrets.token_hex(8)}"
+        self._counter = 0
+        self.result = Uploaded(endpoint=place.name, dataset=str(parent) if parent else None, failed=[])
+
+    def go(self, batch: Sequence[Source]) -> bool:
+        """Copy and register a batch; False if there is no point in going on."""
+        arrived: list[tuple[Source, Copied]] = []
+        broken: ReplicaError | None = None
+        tried = 0
+
+        def jobs() -> Iterator[tuple[Source, Callable[[Control], Copied]]]:
+            nonlocal tried
+            for source in batch:
+                if broken is not None:
+                    return
+                tried += 1
+                yield source, self._job(source)
+
+        for ended in in_parallel(jobs(), threads=self._threads, tick=self._say):
+            self._files_done += 1
+            self._bytes_done += ended.key.size_bytes
+            if ended.result is not None:
+                arrived.append((ended.key, ended.result))
+                continue
+            assert ended.error is not None
+            self._fail(ended.key, ended.error)
+            if _is_the_endpoints(ended.error):
+                broken = ended.error
+        self._say(0)
+        self._register(arrived)
+        if broken is None:
+            return True
+        self.result.not_tried = self._files_total - self._files_done
+        return False
+
+    def _job(self, source: Source) -> Callable[[Control], Copied]:
+        self._counter += 1
+        tag = f"{self._tag}-{self._counter}"
+        folder = self._folders.get(source.folder)
+        if folder is None:
+            folder = self._folders[source.folder] = Folder(source.folder)
+        target = path_for(source.did, self._place.layout)
+        return lambda control: copy_local(folder, source.path, self._storage, target, tag=tag, control=control)
+
+    def _register(self, arrived: list[tuple[Source, Copied]]) -> None:
+        """Register what arrived. Files that the catalogue names as refused are taken back; the rest is sent again."""
+        while arrived:
+            registration = wire.Registration(
+                endpoint=self._place.name,
+                replicas=[
+                    wire.NewReplica(did=str(s.did), size=c.size_bytes, checksums=c.checksums.as_dict())
+                    for s, c in arrived
+                ],
+                dataset=str(self._parent) if self._parent else None,
+                evidence="hashed",
+            )
+            try:
+                done = self._client.replicas.register(registration)
+            except (AlreadyExists, Conflict, Invalid, NotAllowed, NotFound, Refused) as error:
+                # Only an answer that says "no" is a reason to remove: after a lost answer they may well be registered.
+                reasons = {str(item.get("did")): _reason(item, error) for item in error.items}
+                refused = [(s, c) for s, c in arrived if str(s.did) in reasons]
+                self._take_back(refused or arrived)
+                if not refused:
+                    raise
+                for source, _ in refused:
+                    self._fail(source, type(error)(reasons[str(source.did)], hint=error.hint))
+                arrived = [(s, c) for s, c in arrived if str(s.did) not in reasons]
+                continue
+            self.result.files += done.files
+            self.result.new += done.new
+            self.result.copied += sum(not c.adopted for _, c in arrived)
+            self.result.adopted += sum(c.adopted for _, c in arrived)
+            self.result.bytes += sum(c.size_bytes for _, c in arrived)
+            return
+
+    def _take_back(self, refused: Iterable[tuple[Source, Copied]]) -> None:
+        for source, copied in refused:
+            if copied.adopted or self._is_known_here(source.did):
+                continue  # it was there before us, or somebody else has registered it meanwhile: it is not ours
+            self._storage.tree.delete(path_for(source.did, self._place.layout))
+
+    def _is_known_here(self, did: Did) -> bool:
+        try:
+            return any(r.endpoint == self._place.name for r in self._client.replicas.locate(str(did)))
+        except NotFound:
+            return False
+
+    def _fail(self, source: Source, error: ReplicaError) -> None:
+        self.result.failed.append(Failed(did=str(source.did), path=source.local, reason=error.message, hint=error.hint))
+
+    def _say(self, in_flight: int) -> None:
+        self._tell(Progress(self._files_done, self._files_total, self._bytes_done + in_flight, self._bytes_total))
+
+
+def _reason(item: dict[str, object], error: ReplicaError) -> str:
+    """What the catalogue has against one file of a batch."""
+    if "known" in item:
+        return f"{item.get('did')} is known with {item.get('field')} {item['known']}, not {item.get('given')}"
+    return str(item.get("reason") or error.message)
+
+
+def _is_the_endpoints(error: ReplicaError) -> bool:
+    """Whether the next file would fail alike."""
+    return isinstance(error, NoSpace | Unreachable | Forbidden) and error.side == "target"
+
+
+# --- what is to be uploaded -------------------------------------------------------------------------------------------
+
+
+def gather(paths: Sequence[str | os.PathLike[str]], scope: str) -> list[Source]:
+    """All files with their DIDs; refuses, before anything moved, what cannot be named or read as a file."""
+    sources: list[Source] = []
+    odd: list[str] = []
+    for given in paths:
+        path = Path(given)
+        try:
+            found = path.lstat()
+        except OSError as error:
+            raise Invalid(f"{path} cannot be uploaded: {(error.strerror or '').lower()}") from error
+        if mode_of.S_ISDIR(found.st_mode):
+            for name, size in files_in(path, odd):
+                sources.append(Source(_did(scope, name, path / name), path, name, size))
+        elif mode_of.S_ISREG(found.st_mode):
+            absolute = path.absolute()
+            sources.append(Source(_did(scope, absolute.name, path), path.parent, absolute.name, found.st_size))
+        else:
+            odd.append(str(path))
+    if odd:
+        more = f", and {len(odd) - 1} more are not either" if len(odd) > 1 else ""
+        raise Refused(
+            f"{odd[0]} is not a regular file{more}; nothing was uploaded",
+            hint="links, sockets and devices are not uploaded: leave them out, or name the file that a link points to",
+        )
+    if not sources:
+        raise Refused("there is no file to upload", hint="the folder is empty; did you mean another one?")
+    _check_distinct(sources)
+    return sources
+
+
+def files_in(folder: Path, odd: list[str]) -> Iterator[tuple[str, int]]:
+    """Paths of the files beneath a folder, relative to it, sorted; what is neither file nor folder goes to `odd`."""
+    below = [""]
+    while below:
+        prefix = below.pop()
+        try:
+            with os.scandir(folder / prefix) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise Refused(
+                f"the folder {folder / prefix} cannot be read: {(error.strerror or '').lower()}; nothing was uploaded"
+            ) from error
+        folders = []
+        for entry in found:
+            name = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif entry.is_file(follow_symlinks=False):
+                yield name, entry.stat(follow_symlinks=False).st_size
+            else:
+                odd.append(str(folder / name))
+        below.extend(reversed(folders))
+
+
+def _did(scope: str, name: str, path: Path) -> Did:
+    try:
+        return Did.of(scope, unicodedata.normalize("NFC", name))
+    except Invalid as error:
+        raise Invalid(
+            f"{path} cannot be uploaded: {error.message}; nothing was uploaded",
+            hint=f"rename the file; {error.hint}" if error.hint else "rename the file",
+        ) from error
+
+
+def _check_distinct(sources: Sequence[Source]) -> None:
+    seen: dict[str, Source] = {}
+    for source in sources:
+        name = source.did.name
+        if (other := seen.setdefault(name, source)) is not source:
+            raise Invalid(
+                f"{other.local} and {source.local} would both be {source.did}; nothing was uploaded",
+                hint="upload the folder that holds both, so that their paths tell them apart",
+            )
+    for source in sources:
+        segments = source.did.name.split("/")
+        for n in range(1, len(segments)):
+            if (above := seen.get("/".join(segments[:n]))) is not None:
+                raise Invalid(
+                    f"{above.did} would be a file and a folder: {source.local} lies beneath it; nothing was uploaded",
+                    hint="rename one of them",
+                )
+
+
+def _batches(sources: Sequence[Source], size: int) -> Iterator[Sequence[Source]]:
+    rest = iter(sources)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+# --- where it goes ----------------------------------------------------------------------------------------------------
+
+
+def dataset_did(scope: str, dataset: str | None) -> Did | None:
+    """`scope:name`, or a bare name in the scope."""
+    if dataset is None:
+        return None
+    return Did.parse(dataset) if ":" in dataset else Did.of(scope, dataset)
+
+
+def require_scope(client: Client, scope: str) -> None:
+    if not any(known.name == scope for known in client.scopes.list()):
+        raise NotFound(f"there is no scope {shown(scope)}", hint=f"make it with `replica scope add {scope}`")
+
+
+def require_dataset(client: Client, dataset: Did) -> None:
+    """Make the dataset if it is not there; Refused if nothing can be put into it."""
+    try:
+        found = client.dids.show(str(dataset))
+    except NotFound:
+        try:
+            client.dids.add(wire.NewDid(did=str(dataset)))
+            return
+        except AlreadyExists:  # somebody was faster
+            found = client.dids.show(str(dataset))
+    if found.kind != "dataset":
+        raise Refused(f"{dataset} is a {found.kind}, not a dataset", hint="choose another dataset")
+    if not found.open:
+        raise Refused(f"the dataset {dataset} is closed", hint=f"open it with `replica did reopen '{dataset}'`")
+
+
+def _choose(client: Client, name: str | None, sources: Sequence[Source]) -> wire.Endpoint:
+    """The endpoint named; else one of the disks that are here: where an earlier try was going, or with most space."""
+    places = Places()
+    if name is not None:
+        found = client.endpoints.show(name)
+        if not found.writable:
+            raise Refused(f"{name} is not writable", hint=f"`replica endpoint set {name} --writable` allows it")
+        places.open(found)
+        return found
+    needed = sum(s.size_bytes for s in sources)
+    obstacles: list[str] = []
+    best: tuple[tuple[int, int], wire.Endpoint] | None = None
+    for found in client.endpoints.list():
+        reason = "it is not writable" if not found.writable else f"it is {found.kind}" if found.kind != "disk" else ""
+        if reason := reason or places.reason(found):
+            obstacles.append(f"{found.name}: {reason}")
+            continue
+        storage = places.open(found)
+        space = storage.tree.space()
+        free = space.free_bytes if found.free_bytes is None else min(space.free_bytes, found.free_bytes)
+        begun = sum(_is_there(storage, found, source) for source in sources[:_LOOK_AT])
+        if free < needed and not begun:
+            obstacles.append(f"{found.name}: {human_bytes(free)} are free, {human_bytes(needed)} are needed")
+        elif best is None or (begun, free) > best[0]:
+            best = ((begun, free), found)
+    if best is None:
+        why = "\n".join(obstacles) or "there are no endpoints"
+        raise Refused(
+            f"no endpoint can take the upload from this machine\n{why}",
+            hint="name one with --endpoint, or run the command on a machine that has its disk",
+        )
+    return best[1]
+
+
+def _is_there(storage: PosixStorage, place: wire.Endpoint, source: Source) -> bool:
+    try:
+        return storage.tree.stat(path_for(source.did, place.layout)).size_bytes == source.size_bytes
+    except StorageError:
+        return False

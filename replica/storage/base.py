@@ -1,0 +1,223 @@
+"""The storage contract: what every place that keeps bytes can do, and what each verb promises.
+
+Given     paths relative to the endpoint's root, '/'-separated. rules.names has checked them; they are checked again
+          here, because between there and here lie a network and somebody else's worker.
+Returns   a Protocol, `Storage`, and the small values it speaks in.
+Promises  a path that passes `check_path` cannot leave the root or touch Replica's own files beneath `.replica`.
+Partner   replica.storage.conformance proves an adapter; replica.storage.copy is the main caller.
+
+To add a kind of storage: copy the nearest adapter in the same order of verbs, run the conformance suite on it, and add
+one line to replica.storage.registry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from rules.errors import Invalid
+from rules.names import shown
+
+#: Replica's own folder in the root of every endpoint. rules.names keeps the name free.
+OWN = ".replica"
+#: Temporaries: bytes that nobody may take for a replica yet.
+PARTS = f"{OWN}/part"
+#: Files that stood under a replica's name with other bytes. Moved here, never deleted: they may be somebody's only
+#: copy.
+QUARANTINE = f"{OWN}/quarantine"
+#: Says "this is the endpoint's disk": an empty mount point does not have it.
+SENTINEL = f"{OWN}/endpoint"
+
+#: What Linux takes in one call (4096 with the NUL), less room for Replica's own folders before it.
+PATH_BYTES_MAX = 4000
+
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]{0,199}\Z")
+
+#: A piece of a file. A memoryview is valid only until the next piece is asked for: its buffer is used again.
+Piece = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """A file as it is now. Two equal `etag`s mean: nobody wrote to it in between, as far as the storage can tell."""
+
+    size_bytes: int
+    mtime_ns: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a listing."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    #: Why this entry can be no replica ("symbolic link", "name is not UTF-8" …); empty for an ordinary file.
+    #: With a problem, `path` is for people and logs (undecodable bytes as `\\xNN`), and no verb need accept it.
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    total_bytes: int
+    free_bytes: int  #: what *we* may still write, not what the superuser may
+
+
+def check_path(path: str) -> str:
+    """The path of a file of the endpoint, or Invalid: absolute, empty, '.', '..', NUL, or Replica's own folder."""
+    segments = _segments(path)
+    if segments[0].startswith(OWN):
+        raise Invalid(f"the path {shown(path)} begins with '{OWN}'", hint="such names are kept for Replica's own files")
+    return path
+
+
+def check_readable(path: str) -> str:
+    """The path of a file, published or temporary: what `stat`, `read`, `checksum` and `delete` accept."""
+    return path if path.startswith(PARTS + "/") and check_part(path) else check_path(path)
+
+
+def check_part(path: str) -> str:
+    """The path of a temporary, as `part_path` makes them."""
+    folder, _, tag = path.rpartition("/")
+    if folder != PARTS or not _TAG.match(tag):
+        raise Invalid(f"{shown(path)} is not a temporary", hint=f"a temporary is {PARTS}/<tag>")
+    return path
+
+
+def part_path(tag: str) -> str:
+    """Where the temporary of one attempt lies. The tag holds transfer, epoch and a random part: a zombie of an older
+    epoch can neither write into it nor publish it."""
+    return check_part(f"{PARTS}/{tag}")
+
+
+def check_prefix(prefix: str) -> str:
+    """The folder a listing begins at; empty for all."""
+    return check_path(prefix) if prefix else prefix
+
+
+def _segments(path: str) -> list[str]:
+    def no(reason: str) -> Invalid:
+        return Invalid(f"the path {shown(path)} {reason}", hint="write it relative to the endpoint's root: a/b/c")
+
+    if not path:
+        raise no("is empty")
+    if path.startswith("/"):
+        raise no("is absolute")
+    if "\0" in path:
+        raise no("holds a NUL character")
+    try:
+        size_bytes = len(path.encode())
+    except UnicodeEncodeError:
+        raise no("is not proper Unicode text") from None
+    if size_bytes > PATH_BYTES_MAX:
+        raise no(f"has {size_bytes} bytes, more than {PATH_BYTES_MAX}")
+    segments = path.split("/")
+    for segment in segments:
+        if segment in ("", ".", ".."):
+            raise no(f"has the segment {segment!r}")
+    return segments
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """A place that keeps bytes.
+
+    Every verb raises rules.errors.StorageError with endpoint and path (Unreachable when the storage is not there:
+    never an empty answer instead), and Invalid for a path that cannot be right. All verbs may be called from several
+    tasks at once. `side` in their errors is "unknown": only the caller knows whether this is the source or the target.
+    """
+
+    #: The endpoint's name, for messages; empty where the storage was opened without one.
+    name: str
+    #: What it was opened by. Holds no secret.
+    url: str
+
+    async def prepare(self) -> None:
+        """Make the storage ready to be an endpoint: called once, when the endpoint is created.
+
+        Idempotent. Partial effects: folders may exist after a failure. Refused: it belongs to another endpoint.
+        """
+        ...
+
+    async def stat(self, path: str) -> Stat:
+        """Size and time of a file, published or temporary.
+
+        Idempotent, no effect. SourceMissing: nothing there. Forbidden: there is something, and it is no regular file.
+        """
+        ...
+
+    def list(self, prefix: str = "") -> AsyncIterator[Entry]:
+        """Every file beneath the folder `prefix`, in no promised order; Replica's own folder is left out.
+
+        No effect. What appears or goes away meanwhile may or may not be seen; what stays is seen exactly once. A folder
+        that is not there is an empty one. What cannot be read raises: a listing never leaves out in silence, for a
+        missing line is taken for a missing file.
+        """
+        ...
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[Piece]:
+        """The bytes from `offset` on, at most `length`; each piece is valid until the next one is asked for.
+
+        Idempotent, no effect; pieces come in order. A temporary is read from where it is durable, not from a cache.
+        SourceMissing, Forbidden. Beyond the end: no pieces.
+        """
+        ...
+
+    async def write(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int | None = None) -> None:
+        """Write an unpublished file, `part_path(tag)`. When this returns, the bytes survive a power cut.
+
+        Not idempotent: TargetExists if the temporary is there. After an error the temporary may exist, incomplete:
+        `delete` it. NoSpace: full, before the first byte if `size_bytes` says so.
+        """
+        ...
+
+    async def publish(self, temporary: str, final: str) -> None:
+        """Give a written temporary its name. Atomic and durable; makes folders; never replaces.
+
+        TargetExists: something has the name already, and nothing was changed. Not idempotent: after a lost answer,
+        look at `final`. Readers see no file or the whole file, never a part.
+        """
+        ...
+
+    async def delete(self, path: str) -> None:
+        """Remove a file, published or temporary. Idempotent: nothing there is success. Folders stay."""
+        ...
+
+    async def quarantine(self, path: str) -> str:
+        """Move a wrong file out of the way, into Replica's own folder; returns where it is now. Nothing is lost.
+
+        Not idempotent: SourceMissing if nothing is there (somebody else may have been faster).
+        """
+        ...
+
+    async def checksum(self, path: str, algorithm: str) -> str | None:
+        """The storage's own digest, hexadecimal as in rules.checksums; None: it has none that it computed from the
+        bytes as they lie. No effect. SourceMissing."""
+        ...
+
+    async def space(self) -> Space | None:
+        """How much fits; None: the storage does not say."""
+        ...
+
+    async def collect_parts(self, older_than_seconds: float) -> int:
+        """Remove temporaries nobody wrote to for so long; returns how many. Idempotent. A copy that still lives then
+        fails with a Transient error, publishing nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class SupportsLocalPath(Protocol):
+    """The files are ordinary files of this machine."""
+
+    def local_path(self, path: str) -> Path:
+        """Where the file lies, for programs that want a name (a reader on the same node). Nothing is opened, and
+        nothing holds the path in place: Replica itself never opens a file this way."""
+        ...

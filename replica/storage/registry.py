@@ -1,0 +1,84 @@
+"""From an endpoint's URL to its storage.
+
+Given     a URL that an administrator registered, and the endpoint's name.
+Returns   an object that keeps replica.storage.base.Storage.
+Promises  exactly one reading of a URL: chained protocols, user names, hosts of file URLs, relative paths, '..', queries
+          and fragments are refused, not guessed at. Nothing is opened or created.
+Partner   replica.catalog.endpoints stores the URL; the mover opens it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from replica.storage.base import Storage
+from rules.errors import Invalid
+from rules.names import shown
+
+_MEMORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}\Z")
+_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def open_storage(url: str, *, name: str = "") -> Storage:
+    """The storage behind `url`; `name` is the endpoint's, for messages. Raises Invalid with what would be right."""
+
+    def no(reason: str, hint: str = "") -> Invalid:
+        return Invalid(f"the URL {shown(url)} {reason}", hint=hint or _SUPPORTED, field="url")
+
+    if any(c <= " " or c == "\x7f" for c in url):
+        raise no("holds white space or a control character", "write such characters as %20 and so on")
+    if "::" in url:
+        raise no("chains several protocols by '::'")
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise no("has no scheme")
+    opener = _SCHEMES.get(scheme)
+    if opener is None:
+        raise no(f"has the scheme {shown(scheme)}, which is not supported")
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise no(f"cannot be read ({error})") from None
+    if "@" in parts.netloc:
+        raise no("carries a user name", "credentials are never part of an endpoint's URL")
+    if "?" in url or "#" in url:
+        raise no("has a query or a fragment", "write '?' as %3F and '#' as %23 if they belong to the path")
+    return opener(parts, url, name, no)
+
+
+Refusal = Callable[..., Invalid]
+
+
+def _file(parts: SplitResult, url: str, name: str, no: Refusal) -> Storage:
+    from replica.storage.posix import PosixStorage
+
+    if parts.netloc:
+        raise no("names a host", "a file URL has three slashes: file:///data/x")
+    if _BAD_PERCENT.search(parts.path):
+        raise no("has a '%' that is not followed by two hexadecimal digits", "write '%' as %25")
+    try:
+        path = unquote(parts.path, errors="strict").removesuffix("/")
+    except UnicodeDecodeError:
+        raise no("is not UTF-8") from None
+    if "\0" in path:
+        raise no("holds a NUL character")
+    segments = path.split("/")[1:]
+    if not segments:
+        raise no("is the root of the machine", "give the endpoint a folder of its own: file:///data/x")
+    if any(segment in ("", ".", "..") for segment in segments):
+        raise no("has an empty segment, '.' or '..'", "write the path plainly: file:///data/x")
+    return PosixStorage(path, name=name, url=url)
+
+
+def _memory(parts: SplitResult, url: str, name: str, no: Refusal) -> Storage:
+    from replica.storage.memory import MemoryStorage
+
+    if not _MEMORY_NAME.match(parts.netloc) or parts.path not in ("", "/"):
+        raise no("is not memory://name", "use letters, digits, '.', '_' and '-' after memory://")
+    return MemoryStorage(parts.netloc, name=name, url=url)
+
+
+_SCHEMES: dict[str, Callable[[SplitResult, str, str, Refusal], Storage]] = {"file": _file, "memory": _memory}
+_SUPPORTED = "supported are file:///absolute/path and memory://name"

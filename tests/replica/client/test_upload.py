@@ -1,0 +1,393 @@
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from replica import wire
+from replica.client.parallel import Progress
+from replica.client.upload import upload
+from replica.storage import faultpoints
+from rules.errors import AlreadyExists, Invalid, NotFound, Refused, Unreachable
+from tests.replica.client.world import CONTENT, World, files_in, world
+
+
+@pytest.fixture
+def w(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
+    with world(sqlite_url, tmp_path) as made:
+        yield made
+
+
+def at_desy(w: World) -> dict[str, bytes]:
+    """What lies at the endpoint under names of the scope, unfinished files included."""
+    return {n.removeprefix("p1/"): d for n, d in files_in(w.root("DESY-DISK")).items() if n.startswith("p1/")}
+
+
+def test_a_folder_is_uploaded_under_its_relative_names(w: World):
+    done = upload(w.client, [w.write()], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert (done.files, done.copied, done.adopted, done.new, done.failed) == (4, 4, 0, 4, [])
+    assert done.bytes == sum(map(len, CONTENT.values()))
+    assert at_desy(w) == CONTENT
+    assert {d.did for d in w.client.dids.contents("p1:raw")} == {f"p1:{name}" for name in CONTENT}
+    replicas = list(w.client.replicas.locate("p1:raw"))
+    assert {(r.state, r.evidence, r.endpoint) for r in replicas} == {("available", "hashed", "DESY-DISK")}
+    assert w.litter("DESY-DISK") == []
+
+
+def test_a_file_is_uploaded_under_its_base_name(w: World):
+    source = w.write()
+    upload(w.client, [source / "run 1/b.h5"], scope="p1", endpoint="DESY-DISK")
+    assert w.client.dids.show("p1:b.h5").size == 4
+
+
+def test_names_become_nfc(w: World):
+    source = w.write({"U\u0308ber.txt": b"x"})
+    upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    assert w.client.dids.show("p1:\u00dcber.txt").size == 1
+
+
+def test_the_same_upload_again_adopts_what_is_there(w: World):
+    source = w.write()
+    upload(w.client, [source], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    again = upload(w.client, [source], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert (again.files, again.copied, again.adopted, again.new) == (4, 0, 4, 0)
+
+
+def test_an_upload_that_was_killed_between_copy_and_registration_goes_on(w: World):
+    """Everything lies at the endpoint already, and the catalogue knows nothing of it."""
+    source = w.write()
+    for name, data in CONTENT.items():
+        path = w.root("DESY-DISK") / "p1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    done = upload(w.client, [source], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert (done.files, done.copied, done.adopted, done.new) == (4, 0, 4, 4)
+
+
+def test_files_go_in_batches_of_one_registration_each(w: World):
+    source = w.write({f"{n}.dat": bytes([n]) for n in range(25)})
+    done = upload(w.client, [source], scope="p1", dataset="many", endpoint="DESY-DISK", batch=10)
+    assert (done.files, done.new) == (25, 25)
+    assert w.client.dids.show("p1:many").files == 25
+
+
+def test_progress_reaches_the_end(w: World):
+    told: list[Progress] = []
+    upload(w.client, [w.write()], scope="p1", endpoint="DESY-DISK", tell=told.append)
+    assert told[-1].files_done == told[-1].files_total == 4
+    assert told[-1].bytes_done == told[-1].bytes_total == sum(map(len, CONTENT.values()))
+
+
+# --- what is refused before the first byte moves ----------------------------------------------------------------------
+
+
+def refused(w: World, *paths: Path, error: type[Exception], **more: str) -> str:
+    before = files_in(w.root("DESY-DISK"))
+    with pytest.raises(error) as caught:
+        upload(w.client, paths, scope=more.pop("scope", "p1"), endpoint=more.pop("endpoint", "DESY-DISK"), **more)
+    assert files_in(w.root("DESY-DISK")) == before
+    assert not list(w.client.dids.list("p1"))
+    return str(caught.value)
+
+
+def test_two_files_of_one_name_are_refused(w: World):
+    w.write({"a.dat": b"1"}, "one")
+    w.write({"a.dat": b"2"}, "two")
+    message = refused(w, w.directory / "one", w.directory / "two", error=Invalid)
+    assert "one/a.dat" in message
+    assert "two/a.dat" in message
+    assert "p1:a.dat" in message
+
+
+def test_a_file_beneath_the_name_of_another_is_refused(w: World):
+    w.write({"a": b"1"}, "one")
+    w.write({"a/b": b"2"}, "two")
+    assert "a file and a folder" in refused(w, w.directory / "one", w.directory / "two", error=Invalid)
+
+
+@pytest.mark.parametrize("name", ["line\nbreak", "back\\slash", " blank", ".replica-x", "right\u202eleft"])
+def test_a_name_that_cannot_be_a_did_is_refused(w: World, name: str):
+    source = w.write({"good": b"1", name: b"2"})
+    assert "cannot be uploaded" in refused(w, source, error=Invalid)
+
+
+def test_a_name_that_is_not_utf_8_is_refused(w: World):
+    source = w.write({"good": b"1"})
+    with open(os.path.join(os.fsencode(source), b"\xff.dat"), "wb"):
+        pass
+    refused(w, source, error=Invalid)
+
+
+def test_a_link_is_refused(w: World):
+    source = w.write()
+    (source / "link").symlink_to("a.h5")
+    (source / "run 1/other").symlink_to("/etc/passwd")
+    message = refused(w, source, error=Refused)
+    assert "not a regular file, and 1 more" in message
+    assert "link" in refused(w, source / "link", error=Refused)
+
+
+def test_a_fifo_is_refused(w: World):
+    source = w.write()
+    os.mkfifo(source / "pipe")
+    assert "pipe" in refused(w, source, error=Refused)
+
+
+def test_a_path_that_is_not_there_is_named(w: World):
+    assert "nowhere" in refused(w, w.directory / "nowhere", error=Invalid)
+
+
+def test_an_empty_folder_is_refused(w: World):
+    (w.directory / "empty").mkdir()
+    assert "no file" in refused(w, w.directory / "empty", error=Refused)
+
+
+def test_an_unknown_scope_endpoint_or_bad_scope_is_refused(w: World):
+    source = w.write()
+    assert "p9" in refused(w, source, error=NotFound, scope="p9")
+    assert "NOWHERE" in refused(w, source, error=NotFound, endpoint="NOWHERE")
+    refused(w, source, error=Invalid, scope="../x")
+
+
+def test_a_dataset_named_like_a_file_of_the_upload_is_refused(w: World):
+    assert "a.h5" in refused(w, w.write(), error=Invalid, dataset="a.h5")
+
+
+def test_a_closed_dataset_is_refused_before_bytes_move(w: World):
+    w.client.dids.add(wire.NewDid(did="p1:raw"))
+    w.client.dids.change("p1:raw", wire.DidChange(open=False))
+    with pytest.raises(Refused, match="closed"):
+        upload(w.client, [w.write()], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert at_desy(w) == {}
+
+
+def test_an_endpoint_that_is_not_writable_is_refused(w: World):
+    w.client.endpoints.change("DESY-DISK", wire.EndpointChange(writable=False))
+    assert "not writable" in refused(w, w.write(), error=Refused)
+
+
+def test_an_endpoint_whose_disk_is_not_here_is_refused(w: World):
+    w.client.endpoints.add(wire.NewEndpoint(name="FAR", site="HZDR", url=(w.directory / "far").as_uri()))
+    assert "FAR cannot be reached" in refused(w, w.write(), error=Unreachable, endpoint="FAR")
+
+
+def test_a_folder_of_another_endpoint_is_not_taken_for_this_one(w: World):
+    """As when the URL of an endpoint is right on its own machine, and another system's disk lies there on this one."""
+    far = w.client.endpoints.add(wire.NewEndpoint(name="FAR", site="HZDR", url=(w.directory / "far").as_uri()))
+    (w.directory / "far/.replica").mkdir(parents=True)
+    (w.directory / "far/.replica/endpoint").write_text('{"endpoint": "OTHER"}')
+    assert "belongs to the endpoint OTHER" in refused(w, w.write(), error=Unreachable, endpoint=far.name)
+
+
+# --- which endpoint ---------------------------------------------------------------------------------------------------
+
+
+def test_without_an_endpoint_a_disk_of_this_machine_is_chosen(w: World):
+    w.client.endpoints.add(wire.NewEndpoint(name="FAR", site="HZDR", url="file:///nowhere/at/all"))
+    w.client.endpoints.change("DESY-DISK", wire.EndpointChange(writable=False))
+    chosen: list[str] = []
+    done = upload(w.client, [w.write()], scope="p1", chosen=chosen.append)
+    assert chosen == [done.endpoint] == ["HZDR-DISK"]
+
+
+def test_the_disk_with_most_space_is_chosen_and_then_kept(w: World):
+    """An upload that goes on must not begin anew elsewhere because its own first half has filled the disk."""
+    w.client.endpoints.change("HZDR-DISK", wire.EndpointChange(capacity_bytes=10_000_000))
+    w.client.endpoints.change("DESY-DISK", wire.EndpointChange(capacity_bytes=9_000_000))
+    source = w.write()
+    assert upload(w.client, [source / "run 2/Füße/große Datei.raw"], scope="p1").endpoint == "HZDR-DISK"
+    again = upload(w.client, [source / "run 2/Füße/große Datei.raw"], scope="p1")
+    assert (again.endpoint, again.adopted) == ("HZDR-DISK", 1)
+
+
+def test_when_no_endpoint_can_take_it_each_says_why(w: World):
+    w.client.endpoints.change("DESY-DISK", wire.EndpointChange(writable=False))
+    w.client.endpoints.change("HZDR-DISK", wire.EndpointChange(capacity_bytes=10))
+    with pytest.raises(Refused) as caught:
+        upload(w.client, [w.write()], scope="p1")
+    assert "DESY-DISK: it is not writable" in str(caught.value)
+    assert "HZDR-DISK: 10 B are free, 3.1 MB are needed" in str(caught.value)
+
+
+# --- what goes wrong on the way ---------------------------------------------------------------------------------------
+
+
+def test_a_file_that_changes_while_it_is_read_fails_alone(w: World):
+    source = w.write()
+    growing = source / "run 2/Füße/große Datei.raw"
+
+    def handler(point: str, piece: memoryview | None) -> bytes | None:
+        if point == "piece" and piece is not None and len(piece) == 1 << 20:  # only the large file has such pieces
+            with growing.open("ab") as file:
+                file.write(b"more")
+        return None
+
+    with faultpoints.handling(handler):
+        done = upload(w.client, [source], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert done.files == 3
+    assert [(f.did, "changed while it was read" in f.reason) for f in done.failed] == [
+        ("p1:run 2/Füße/große Datei.raw", True)
+    ]
+    assert "run 2/Füße/große Datei.raw" not in at_desy(w)
+    assert w.litter("DESY-DISK") == []
+    done = upload(w.client, [source], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert (done.copied, done.adopted, done.failed) == (1, 3, [])
+
+
+def test_a_file_that_vanishes_fails_alone(w: World):
+    source = w.write()
+    removed = threading.Event()
+
+    def handler(point: str, piece: memoryview | None) -> bytes | None:
+        if not removed.is_set():
+            removed.set()
+            (source / "run 2/Füße/große Datei.raw").unlink(missing_ok=True)
+        return None
+
+    with faultpoints.handling(handler):
+        done = upload(w.client, [source], scope="p1", endpoint="DESY-DISK", threads=1)
+    assert (done.files, [f.did for f in done.failed]) == (3, ["p1:run 2/Füße/große Datei.raw"])
+
+
+def test_a_flipped_bit_is_noticed_and_nothing_is_published(w: World):
+    source = w.write({"a.dat": b"x" * 100_000})
+    with faultpoints.handling(faultpoints.from_text("piece=flip")):
+        done = upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    assert (done.files, len(done.failed)) == (0, 1)
+    assert at_desy(w) == {}
+
+
+def test_other_bytes_under_the_name_are_neither_overwritten_nor_moved(w: World):
+    (w.root("DESY-DISK") / "p1").mkdir()
+    (w.root("DESY-DISK") / "p1/a.h5").write_bytes(b"somebody's")
+    done = upload(w.client, [w.write()], scope="p1", endpoint="DESY-DISK")
+    assert done.files == 3
+    assert [f.did for f in done.failed] == ["p1:a.h5"]
+    assert "exists already with other bytes" in done.failed[0].reason
+    assert at_desy(w)["a.h5"] == b"somebody's"
+    assert w.litter("DESY-DISK") == []
+
+
+def test_when_the_endpoint_itself_fails_the_rest_is_not_tried(w: World):
+    source = w.write({f"{n:03}.dat": b"x" * 1000 for n in range(100)})
+    published = 0
+
+    def handler(point: str, piece: memoryview | None) -> bytes | None:
+        nonlocal published
+        if point == "after_publish":
+            published += 1
+            if published == 10:
+                (w.root("DESY-DISK") / ".replica/endpoint").unlink()  # the disk is unmounted
+        return None
+
+    with faultpoints.handling(handler):
+        done = upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    assert done.failed
+    assert done.not_tried > 0
+    assert done.files + len(done.failed) + done.not_tried == 100
+    assert done.files == len(list(w.client.dids.list("p1")))
+
+
+# --- what the catalogue refuses ---------------------------------------------------------------------------------------
+
+
+def known_elsewhere(w: World, name: str, data: bytes) -> None:
+    """A DID whose only replica is at HZDR."""
+    upload(w.client, [w.write({name: data}, "elsewhere")], scope="p1", endpoint="HZDR-DISK")
+
+
+def test_only_what_this_upload_put_there_is_removed_when_the_catalogue_refuses_it(w: World):
+    known_elsewhere(w, "a.h5", b"other bytes")
+    done = upload(w.client, [w.write()], scope="p1", dataset="raw", endpoint="DESY-DISK")
+    assert (done.files, done.new) == (3, 3)
+    assert [f.did for f in done.failed] == ["p1:a.h5"]
+    assert "is known with size 11, not 5000" in done.failed[0].reason
+    assert at_desy(w) == {n: d for n, d in CONTENT.items() if n != "a.h5"}
+    assert files_in(w.root("HZDR-DISK"))["p1/a.h5"] == b"other bytes"
+    assert {d.did for d in w.client.dids.contents("p1:raw")} == {f"p1:{n}" for n in CONTENT if n != "a.h5"}
+
+
+def test_what_was_there_before_stays_when_the_catalogue_refuses_it(w: World):
+    known_elsewhere(w, "a.h5", b"other bytes")
+    (w.root("DESY-DISK") / "p1").mkdir()
+    (w.root("DESY-DISK") / "p1/a.h5").write_bytes(CONTENT["a.h5"])
+    done = upload(w.client, [w.write()], scope="p1", endpoint="DESY-DISK")
+    assert [f.did for f in done.failed] == ["p1:a.h5"]
+    assert at_desy(w)["a.h5"] == CONTENT["a.h5"]
+
+
+def test_what_somebody_else_has_registered_meanwhile_stays(w: World):
+    """The dataset is closed while bytes move, so the whole batch is refused; one file is registered by then."""
+    source = w.write({"a.dat": b"1", "b.dat": b"2"})
+    done = threading.Event()
+
+    def handler(point: str, piece: memoryview | None) -> bytes | None:
+        path = w.root("DESY-DISK") / "p1/a.dat"
+        if point == "after_publish" and path.exists() and not done.is_set():
+            done.set()
+            upload(w.client, [source / "a.dat"], scope="p1", endpoint="DESY-DISK")
+            w.client.dids.change("p1:raw", wire.DidChange(open=False))
+        return None
+
+    with faultpoints.handling(handler), pytest.raises(Refused, match="closed"):
+        upload(w.client, [source], scope="p1", dataset="raw", endpoint="DESY-DISK", threads=1)
+    assert at_desy(w) == {"a.dat": b"1"}
+    assert [r.state for r in w.client.replicas.locate("p1:a.dat")] == ["available"]
+
+
+def test_a_name_that_is_a_dataset_is_refused(w: World):
+    w.client.dids.add(wire.NewDid(did="p1:a.h5"))
+    done = upload(w.client, [w.write()], scope="p1", endpoint="DESY-DISK")
+    assert [f.did for f in done.failed] == ["p1:a.h5"]
+    assert "a.h5" not in at_desy(w)
+
+
+def test_the_dataset_may_be_written_as_a_did_and_may_be_there(w: World):
+    w.client.dids.add(wire.NewDid(did="p1:raw"))
+    assert upload(w.client, [w.write()], scope="p1", dataset="p1:raw", endpoint="DESY-DISK").dataset == "p1:raw"
+
+
+def test_a_container_holds_no_files(w: World):
+    w.client.dids.add(wire.NewDid(did="p1:box", kind="container"))
+    with pytest.raises(Refused, match="container"):
+        upload(w.client, [w.write()], scope="p1", dataset="box", endpoint="DESY-DISK")
+    assert at_desy(w) == {}
+
+
+def test_ctrl_c_leaves_no_unfinished_file(w: World):
+    source = w.write({"big.dat": b"x" * 20_000_000})
+
+    def interrupt(now: Progress) -> None:
+        raise KeyboardInterrupt
+
+    slow = threading.Event()
+
+    def handler(point: str, piece: memoryview | None) -> bytes | None:
+        slow.wait(0.1)
+        return None
+
+    with faultpoints.handling(handler), pytest.raises(KeyboardInterrupt):
+        upload(w.client, [source], scope="p1", endpoint="DESY-DISK", tell=interrupt)
+    assert (at_desy(w), w.litter("DESY-DISK")) == ({}, [])
+
+
+def test_a_conflict_between_two_uploads_at_once_ends_with_one_content(w: World):
+    one, two = w.write({"a.dat": b"1" * 1000}, "one"), w.write({"a.dat": b"2" * 1000}, "two")
+    results: list[object] = []
+
+    def go(source: Path, endpoint: str) -> None:
+        with w.service.client() as client:
+            try:
+                results.append(upload(client, [source], scope="p1", endpoint=endpoint))
+            except AlreadyExists as error:
+                results.append(error)
+
+    threads = [threading.Thread(target=go, args=args) for args in ((one, "DESY-DISK"), (two, "HZDR-DISK"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (replica,) = w.client.replicas.locate("p1:a.dat")
+    there = {name for name in ("DESY-DISK", "HZDR-DISK") if (w.root(name) / "p1/a.dat").exists()}
+    assert there == {replica.endpoint}

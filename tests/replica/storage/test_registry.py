@@ -1,0 +1,90 @@
+import pytest
+
+from replica.storage.memory import MemoryStorage
+from replica.storage.posix import PosixStorage
+from replica.storage.registry import open_storage
+from rules.errors import Invalid
+
+
+@pytest.mark.parametrize(
+    ("url", "root"),
+    [
+        ("file:///data/x", "/data/x"),
+        ("file:///data/x/", "/data/x"),
+        ("file:///data/with%20space%23%25", "/data/with space#%"),
+        ("file:///data/%C3%BC", "/data/ü"),
+        ("file:///...", "/..."),
+    ],
+)
+def test_a_file_url_is_a_folder(url, root):
+    storage = open_storage(url, name="DISK")
+    assert isinstance(storage, PosixStorage)
+    assert (storage.tree.path, storage.name, storage.url) == (root, "DISK", url)
+
+
+def test_a_memory_url_is_a_store_of_that_name():
+    storage = open_storage("memory://demo")
+    assert isinstance(storage, MemoryStorage)
+    assert storage.store == "demo"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "/data/x",
+        "data/x",
+        "file:/data/x",
+        "file:data",
+        "file://data/x",
+        "file://localhost/data/x",
+        "file:///",
+        "file://",
+        "file:////data",
+        "file:///data//x",
+        "file:///data/../etc",
+        "file:///data/%2e%2e/etc",
+        "file:///data/./x",
+        "file:///data/%2F/x",
+        "file:///data/%00x",
+        "file:///data/%ff",
+        "file:///data/%zz",
+        "file:///data/x?a=b",
+        "file:///data/x#f",
+        "file:///data/x\n",
+        "file:///data/x y",
+        "file://user@host/x",
+        "FILE:///data/x",
+        "local:///data/x",
+        "simplecache::file:///etc/passwd",
+        "file:///data::x",
+        "reference::memory://x",
+        "memory://",
+        "memory://a/b",
+        "memory://a:80",
+        "memory://user@a",
+        "memory://[::1]",
+        "http://127.0.0.1/",
+        "https://store.example.org/",
+        "s3://bucket",
+        "gopher://x",
+        "data:,x",
+        "://x",
+    ],
+)
+def test_anything_else_is_refused(url):
+    with pytest.raises(Invalid):
+        open_storage(url)
+
+
+def test_a_refusal_lists_what_is_supported():
+    with pytest.raises(Invalid) as told:
+        open_storage("s3://bucket/x")
+    assert "s3" in told.value.message
+    assert "file:///" in told.value.hint
+    assert "memory://" in told.value.hint
+
+
+def test_opening_creates_nothing(tmp_path):
+    open_storage(f"file://{tmp_path}/new")
+    assert not (tmp_path / "new").exists()
