@@ -102,7 +102,7 @@ def seed(files: int, large_bytes: int) -> int:
             say("failed: the rule is not ok: " + " ".join(client.rules.explain(rule.id).sentences))
             return 1
         time.sleep(0.2)
-        rule = client.rules.get(rule.id)
+        rule = client.rules.show(rule.id)
     say(f"rule {rule.id} is ok: {rule.files_available} files are at two sites, {time.monotonic() - started:.1f} s")
     return 0
 
@@ -117,7 +117,7 @@ def demo_world() -> Client:
     while True:
         try:
             client = Client(os.environ["REPLICA_SERVER"], Path(os.environ["REPLICA_TOKEN_FILE"]).read_text().strip())
-            client.endpoints.get(ENDPOINT)
+            client.endpoints.show(ENDPOINT)
         except (FileNotFoundError, NotAuthenticated, NotFound, Unavailable) as error:
             waiting = f"waiting: {error}"
             if waiting != said:

@@ -32,7 +32,7 @@ from types import FrameType
 from rich.console import Console
 from rich.markup import escape
 
-from replica import wire
+from replica import log, wire
 from replica.cli.output import printable
 from replica.client import Client
 from replica.client.places import prepare_here
@@ -69,6 +69,7 @@ class NotTrue(Exception):
 
 
 def run(paths: Sequence[str | os.PathLike[str]], directory: str | os.PathLike[str] | None, serve: bool) -> int:
+    log.configure("error")  # what is printed here says it in plainer words
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -209,9 +210,9 @@ class Show:
         if done.failed:
             raise NotTrue(f"{done.failed[0].did} could not be uploaded: {done.failed[0].reason}")
         self.datasets.append(Dataset(did, digests, done.bytes, target))
-        files = f"{done.files} files" if done.files != 1 else "one file"
         self.say(
-            "load" if len(self.datasets) == 1 else "", f"[cyan]{did}[/]  {files} {whose}, {human_bytes(done.bytes)}"
+            "load" if len(self.datasets) == 1 else "",
+            f"[cyan]{did}[/]  {_files(done.files)} {whose}, {human_bytes(done.bytes)}",
         )
 
     # --- 3 wish -------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ class Show:
                         raise NotTrue(f"{site} holds {name} twice")
                     sites_of[name].add(site)
                     files, size_bytes = files + 1, size_bytes + size
-            lines.append(f"[cyan]{site}[/] {files} files, {human_bytes(size_bytes)}")
+            lines.append(f"[cyan]{site}[/] {_files(files)}, {human_bytes(size_bytes)}")
         for name, sites in sites_of.items():
             if len(sites) != 2:
                 raise NotTrue(f"{name} is at {len(sites)} sites, not at two")
@@ -353,6 +354,10 @@ class Show:
 
     def say(self, step: str, text: str) -> None:
         self.console.print(f"[bold]{step:<8}[/]{text}")
+
+
+def _files(count: int) -> str:
+    return f"{count} files" if count != 1 else "one file"
 
 
 def _shown(did: str) -> str:

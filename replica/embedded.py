@@ -40,7 +40,7 @@ from workers.app import site_queue
 from workers.consumer import Consumer
 from workers.mover import Mover, MoverThread
 from workers.runtime import Life, Looper, Watchdog, listening
-from workers.service import WEDGED_SECONDS, Passes
+from workers.service import WEDGED_SECONDS, Passes, leave
 
 BROKER = "memory://"
 DATABASE = "replica.db"
@@ -64,6 +64,8 @@ def run_up(settings: Settings) -> int:
             sys.stdout.flush()
             Watchdog(system.watched, life, limit_seconds=WEDGED_SECONDS).start()
         life.wait()
+    if system.left_behind:
+        leave(life.exit_code)
     return life.exit_code
 
 
@@ -82,6 +84,8 @@ class Embedded:
         self.url = ""
         #: Site → its mover's thread.
         self.movers: dict[str, MoverThread] = {}
+        #: Sites whose mover did not end in time at the last stop: its thread waits for a disk.
+        self.left_behind: list[str] = []
         self._stack = ExitStack()
         #: What rings for the movers.
         self._bells = ExitStack()
@@ -247,8 +251,9 @@ class Embedded:
     def _stop_movers(self) -> None:
         for thread in self.movers.values():
             thread.stop()
-        for thread in self.movers.values():
-            thread.stop(STOP_SECONDS + 1)
+        for site, thread in self.movers.items():
+            if not thread.stop(STOP_SECONDS + 0.5):
+                self.left_behind.append(site)
         self._bells.close()
         self.movers = {}
 

@@ -86,6 +86,14 @@ class Service:
             return b"".join(parts)
 
 
+async def _end_others() -> None:
+    """As asyncio.run does at its end: aiohttp goes on a while for a client that left in the middle of a body."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 @contextlib.contextmanager
 def listening(app: Any) -> Iterator[tuple[str, int]]:
     """An application served on loopback for the time of the block."""
@@ -103,6 +111,7 @@ def listening(app: Any) -> Iterator[tuple[str, int]]:
             yield "127.0.0.1", port
         finally:
             run(runner.cleanup())
+            run(_end_others())
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)

@@ -176,10 +176,16 @@ class Mover:
         finish_by = time.monotonic() + min(self.finish_seconds, self.stop_seconds / 2)
         while self._running and time.monotonic() < finish_by:
             await asyncio.sleep(0.02)
-        for held in self._held.values():
-            if not held.finished:
-                held.control.stop()
-        while (self._running or self._held) and time.monotonic() < deadline:
+        unfinished = [held for held in self._held.values() if not held.finished]
+        for held in unfinished:
+            held.control.stop()
+        # A thread that waits for a disk hears that only when the disk answers. It cannot publish any more, so its order
+        # can be given back without it; that needs the time that is left for telling the server.
+        while self._running and time.monotonic() < deadline - self.stop_seconds / 4:
+            await asyncio.sleep(0.02)
+        for held in unfinished:
+            self._finish(held, None)
+        while self._held and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._held:
             # Their leases end by themselves; nothing of theirs can be published without one.
@@ -277,6 +283,8 @@ class Mover:
     # ── outcomes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _finish(self, held: Held, outcome: wire.Outcome | None) -> None:
+        if held.finished:
+            return
         held.finished = True
         if outcome is None and self._stopping and time.monotonic() < held.alive_until:
             outcome = held.outcome("given_back")

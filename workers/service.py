@@ -10,12 +10,14 @@ Partner   `replica worker` and `replica control` start these; replica.embedded u
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from replica import log
 from replica.config import Settings
@@ -56,8 +58,21 @@ def run_worker(settings: Settings) -> int:
         threading.Thread(target=_check_site, args=(settings, site, server), name="check-site", daemon=True).start()
         stack.enter_context(_hearing(settings.broker_url, (site_queue(site),)))
         life.wait()
-        thread.stop(thread.mover.stop_seconds + 5)
+        ended = thread.stop(thread.mover.stop_seconds + 1)
+    if not ended:
+        leave(life.exit_code)
     return life.exit_code
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process although a thread still waits for a disk that does not answer.
+
+    Python would wait for it for ever. All is reported by then, and what the thread holds has no name yet.
+    """
+    log.get_logger().warning("process.left_a_thread_behind")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def mover_of(settings: Settings, site: str, server: str, **options: Any) -> Mover:

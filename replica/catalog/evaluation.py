@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from replica.catalog import guards, locks, placing, provision, reasons
-from replica.catalog.membership import files_of, literal
+from replica.catalog.membership import files_of, literal, of_pair
 from replica.catalog.rule_states import settle
 from replica.db.engine import Session
 from replica.db.tables import endpoints, replicas, rules
@@ -113,9 +113,7 @@ def _repair(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
     held = files_of(open_)
     lost = (
         sa.select(held.c.file_id, held.c.endpoint_id)
-        .outerjoin(
-            replicas, sa.and_(replicas.c.file_id == held.c.file_id, replicas.c.endpoint_id == held.c.endpoint_id)
-        )
+        .outerjoin(replicas, of_pair(held))
         .where(
             sa.or_(replicas.c.state.is_(None), replicas.c.state != literal(ReplicaState.AVAILABLE)),
             ~provision.is_live(held.c.file_id, held.c.endpoint_id),

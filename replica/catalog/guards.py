@@ -22,7 +22,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog.membership import closure, covering, literal
+from replica.catalog.membership import closure, covering, literal, of_pair
 from replica.db.engine import Session
 from replica.db.tables import dids, endpoints, replicas, rules, transfers
 from rules.states import DidKind
@@ -87,7 +87,7 @@ def change_replicas(s: Session, pairs: sa.FromClause, *where: sa.ColumnElement[b
     rows = (
         sa.select(replicas.c.file_id)
         .select_from(pairs)
-        .join(replicas, sa.and_(replicas.c.file_id == pairs.c.file_id, replicas.c.endpoint_id == pairs.c.endpoint_id))
+        .join(replicas, of_pair(pairs))
         .where(*where)
         .order_by(replicas.c.file_id, replicas.c.endpoint_id)
         .with_for_update(of=replicas, key_share=True)

@@ -28,6 +28,8 @@ from replica.catalog.membership import (
     files_of,
     is_covered,
     literal,
+    of_pair,
+    of_pairs,
     units,
 )
 from replica.catalog.provision import LIVE, PAIR, is_stuck
@@ -172,9 +174,7 @@ def _count_files(s: Session, unit_id: int, pairs: sa.FromClause, sign: int) -> N
             sa.func.sum(pairs.c.size_bytes).label("bytes"),
         )
         .select_from(pairs)
-        .outerjoin(
-            replicas, sa.and_(replicas.c.file_id == pairs.c.file_id, replicas.c.endpoint_id == pairs.c.endpoint_id)
-        )
+        .outerjoin(replicas, of_pair(pairs))
         .group_by(pairs.c.endpoint_id)
         .subquery("change")
     )
@@ -398,7 +398,7 @@ def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None) 
     open_ = _unfinished(s, pairs, ignoring_rule)
     if open_:
         _stop(s, open_)
-    this = sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id))
+    this = of_pairs(pairs)
     s.execute(
         replicas.update()
         .where(
@@ -425,7 +425,7 @@ def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> 
             replicas.c.file_id, replicas.c.endpoint_id, replicas.c.state, files.c.size_bytes, leased.label("leased")
         )
         .select_from(pairs)
-        .join(replicas, sa.and_(replicas.c.file_id == pairs.c.file_id, replicas.c.endpoint_id == pairs.c.endpoint_id))
+        .join(replicas, of_pair(pairs))
         .join(files, files.c.did_id == replicas.c.file_id)
         .where(
             replicas.c.state != literal(ReplicaState.AVAILABLE),
@@ -457,11 +457,7 @@ def _stop(s: Session, unfinished: Sequence[sa.Row[Any]]) -> None:
     vanish = [row for row in unfinished if row.state is ReplicaState.COPYING and not row.leased]
     if vanish:
         gone = rows_of(s, "vanishing", PAIR, [(row.file_id, row.endpoint_id) for row in vanish])
-        s.execute(
-            replicas.delete().where(
-                sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id).in_(sa.select(gone.c.file_id, gone.c.endpoint_id))
-            )
-        )
+        s.execute(replicas.delete().where(of_pairs(gone)))
         freed: Counter[int] = Counter()
         for row in vanish:
             freed[row.endpoint_id] -= row.size_bytes

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
 
 from replica.catalog.bulk import ids_of
 from replica.db.engine import Session
-from replica.db.tables import contents, dids, files, locks
+from replica.db.tables import contents, dids, files, locks, replicas
 from rules.states import DidKind, Grouping
 
 
@@ -132,3 +133,35 @@ def literal(state: Any) -> sa.ColumnElement[Any]:
 def any_of(column: sa.ColumnElement[Any], states: Any) -> sa.ColumnElement[bool]:
     """`column IN (…)` with the numbers in the text, in the order in which the partial indexes have them."""
     return column.in_([literal(state) for state in sorted(states, key=lambda state: state.value)])
+
+
+class ByFile(sa.ColumnElement[int]):
+    """`replicas.endpoint_id`, for statements that must find replicas by their file.
+
+    PostgreSQL does not know how many rows a batch has, nor anything about a table that is new. It then believes that
+    the index by endpoint and state is as good as the primary key, and reads every replica of the endpoint for each
+    file. What is computed has no index.
+    """
+
+    inherit_cache = True
+    type = sa.BigInteger()
+
+
+@compiles(ByFile)
+def _plain(element: ByFile, compiler: Any, **kw: Any) -> str:
+    return "replicas.endpoint_id"
+
+
+@compiles(ByFile, "postgresql")
+def _computed(element: ByFile, compiler: Any, **kw: Any) -> str:
+    return "(replicas.endpoint_id + 0)"
+
+
+def of_pair(pairs: sa.FromClause) -> sa.ColumnElement[bool]:
+    """The replica of a pair of `file_id` and `endpoint_id`."""
+    return sa.and_(replicas.c.file_id == pairs.c.file_id, ByFile() == pairs.c.endpoint_id)
+
+
+def of_pairs(pairs: sa.FromClause) -> sa.ColumnElement[bool]:
+    """The replicas of all these pairs."""
+    return sa.tuple_(replicas.c.file_id, ByFile()).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id))

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import guards, locks, provision, reasons
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import any_of, covering, literal
+from replica.catalog.membership import any_of, covering, literal, of_pair
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import settle
 from replica.db.engine import Session
@@ -338,8 +338,7 @@ def _make_available(s: Session, done: list[_Ending]) -> sa.FromClause:
     changed = s.execute(
         replicas.update()
         .where(
-            replicas.c.file_id == batch.c.file_id,
-            replicas.c.endpoint_id == batch.c.endpoint_id,
+            of_pair(batch),
             replicas.c.state != literal(ReplicaState.AVAILABLE),
         )
         .values(state=ReplicaState.AVAILABLE, evidence=Evidence.COPIED, verified_at=s.now)
@@ -426,7 +425,7 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     query = (
         sa.select(replicas.c.file_id, replicas.c.endpoint_id)
         .select_from(batch)
-        .join(replicas, sa.and_(replicas.c.file_id == batch.c.file_id, replicas.c.endpoint_id == batch.c.endpoint_id))
+        .join(replicas, of_pair(batch))
         .join(transfers, transfers.c.file_id == replicas.c.file_id)
         .join(
             attempts,
@@ -447,11 +446,7 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     if not guilty:
         return []
     pairs = rows_of(s, "guilty", {**PAIR, "state": sa.SmallInteger()}, [(*p, suspects[p].value) for p in guilty])
-    s.execute(
-        replicas.update()
-        .where(replicas.c.file_id == pairs.c.file_id, replicas.c.endpoint_id == pairs.c.endpoint_id)
-        .values(state=pairs.c.state)
-    )
+    s.execute(replicas.update().where(of_pair(pairs)).values(state=pairs.c.state))
     touched = locks.count_available(s, pairs, -1)
     cover = covering(pairs)
     wanted = (

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica.catalog.bulk import Columns, insert, rows_of
-from replica.catalog.membership import any_of, covering, files_of, literal
+from replica.catalog.membership import any_of, covering, files_of, literal, of_pair, of_pairs
 from replica.catalog.rule_states import settle
 from replica.db.engine import Session
 from replica.db.tables import contents, endpoints, files, locks, replicas, rules, sites, transfers
@@ -197,9 +197,7 @@ def _protect(s: Session, wanted: sa.FromClause) -> None:
         replicas.update()
         .where(
             replicas.c.tombstone_at.is_not(None),
-            sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id).in_(
-                sa.select(wanted.c.file_id, wanted.c.endpoint_id)
-            ),
+            of_pairs(wanted),
         )
         .values(tombstone_at=None)
     )
@@ -238,7 +236,7 @@ def is_stuck(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any])
 def _missing(wanted: sa.FromClause) -> sa.Select[Any]:
     return (
         sa.select(wanted.c.file_id, wanted.c.endpoint_id)
-        .join(replicas, sa.and_(replicas.c.file_id == wanted.c.file_id, replicas.c.endpoint_id == wanted.c.endpoint_id))
+        .join(replicas, of_pair(wanted))
         .where(replicas.c.state != literal(ReplicaState.AVAILABLE))
     )
 

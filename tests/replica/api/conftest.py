@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from replica.db import schema
 from replica.db.engine import Database
 from tests.service import Service, serving
 
@@ -21,6 +22,16 @@ def sqlite(sqlite_url: str) -> Iterator[Database]:
 def service(sqlite: Database) -> Iterator[Service]:
     with serving(sqlite) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One for all tests of a module that leave nothing behind."""
+    database = Database(f"sqlite:///{tmp_path_factory.mktemp('shared') / 'replica.db'}")
+    schema.migrate(database)
+    with serving(database) as running:
+        yield running
+    database.close()
 
 
 @pytest.fixture

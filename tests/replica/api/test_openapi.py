@@ -1,13 +1,21 @@
 """The interface describes itself, from the facts that it enforces."""
 
+import base64
+import hashlib
 import re
 
+import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from replica.api.app import NOUNS
 from tests.service import Service
 
 ROUTES = [route for noun in NOUNS for route in noun.all]
+
+
+@pytest.fixture(scope="module")
+def service(shared_service: Service) -> Service:
+    return shared_service
 
 
 def test_the_document_is_valid_openapi_3_1(service: Service):
@@ -52,8 +60,5 @@ def test_the_page_needs_nothing_from_elsewhere_and_names_every_route(service: Se
     for route in ROUTES:
         assert f"{route.method} {route.path}" in page
     style = page.split("<style>")[1].split("</style>")[0]
-    import base64
-    import hashlib
-
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert f"'sha256-{digest}'" in answer.headers["Content-Security-Policy"]

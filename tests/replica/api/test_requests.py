@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+from urllib.parse import quote
 
 import pytest
 
@@ -10,6 +11,11 @@ from tests.service import Service
 
 SITES = "/api/v1/sites"
 DIDS = "/api/v1/dids"
+
+
+@pytest.fixture(scope="module")
+def service(shared_service: Service) -> Service:
+    return shared_service
 
 
 @pytest.mark.parametrize(
@@ -164,8 +170,6 @@ def test_a_parameter_where_there_is_none_is_refused(service: Service):
 
 @pytest.mark.parametrize("rule", ["x", "-1", "1.0", "%31%00", str(2**63), "9" * 5000, "٣"])
 def test_a_number_in_a_path_is_a_number(service: Service, rule: str):
-    from urllib.parse import quote
-
     assert service.ask("GET", f"/api/v1/rules/{quote(rule, safe='%')}").status == 400
 
 
