@@ -292,12 +292,7 @@ class _ApiThread(threading.Thread):
     async def _serve(self) -> None:
         self._end = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        app = create_app(
-            self._db,
-            lease_seconds=self._settings.lease_seconds,
-            retry_base_seconds=self._settings.retry_base_seconds,
-        )
-        runner, port = await self._listen(app)
+        runner, port = await self._listen()
         self._url = f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{port}"
         self._serving.set()
         try:
@@ -305,9 +300,16 @@ class _ApiThread(threading.Thread):
         finally:
             await runner.cleanup()
 
-    async def _listen(self, app: web.Application) -> tuple[web.AppRunner, int]:
+    def _app(self) -> web.Application:
+        return create_app(
+            self._db,
+            lease_seconds=self._settings.lease_seconds,
+            retry_base_seconds=self._settings.retry_base_seconds,
+        )
+
+    async def _listen(self) -> tuple[web.AppRunner, int]:
         try:
-            return await start(app, self._host, self._port)
+            return await start(self._app(), self._host, self._port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise Refused(f"cannot listen on {self._settings.listen}: {error.strerror or error}") from error
@@ -316,7 +318,7 @@ class _ApiThread(threading.Thread):
                     f"the port {self._port} is in use by another process", hint="say another one with --port; 0: any"
                 ) from error
         # Nobody asked for the usual port: any other will do, and the export lines say which.
-        return await start(create_app(self._db, lease_seconds=self._settings.lease_seconds), self._host, 0)
+        return await start(self._app(), self._host, 0)
 
     def stop(self) -> None:
         if self._loop is not None and self.is_alive():

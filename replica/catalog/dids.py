@@ -143,7 +143,6 @@ def attach(s: Session, parent: Did, children: Sequence[Did]) -> wire.Attached:
         "datasets hold files; containers hold datasets and containers",
     )
     if parent_kind is DidKind.CONTAINER:
-        guards.one_at_a_time(s, "containers")  # two at once could close a loop that neither sees
         above = membership.ancestors(s, [parent_id])
         looping = set(s.execute(sa.select(above.c.id)).scalars())
         _refuse(
@@ -188,6 +187,9 @@ def open_parent(s: Session, parent: Did, children: Sequence[Did]) -> tuple[int, 
     parent_id, kind = row_id(s, parent)
     if kind is DidKind.FILE:
         raise Invalid(f"{parent} is a file and holds nothing", hint="name a dataset or container", field="did")
+    if kind is DidKind.CONTAINER:
+        # Two at once could close a loop that neither sees. Before the container is held: the other may want to hold it.
+        guards.one_at_a_time(s, "containers")
     guards.change_collection(s, parent_id)
     if not s.execute(sa.select(dids.c.open).where(dids.c.id == parent_id)).scalar_one():
         raise Refused(

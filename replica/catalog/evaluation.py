@@ -9,21 +9,26 @@ Partner   workers.evaluation calls it until it returns 0; replica.catalog.rule_s
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from replica.catalog import guards, locks, placing, provision, reasons
-from replica.catalog.membership import files_of, literal, of_pair
+from replica.catalog.bulk import rows_of
+from replica.catalog.membership import Unguessed, covering, files_of, literal, of_pair
 from replica.catalog.rule_states import settle
 from replica.db.engine import Session
 from replica.db.tables import endpoints, replicas, rules
 from replica.db.tables import locks as locks_table
 from replica.db.tables import reasons as reasons_table
 from rules.endpoints import Endpoint
-from rules.errors import InvalidExpression, Refused, ReplicaError
+from rules.errors import Conflict, InvalidExpression, Refused, ReplicaError
 from rules.states import ReplicaState, RuleState
+
+#: When copies that another rule wants as well could not be tried again, because somebody was changing that rule.
+POSTPONE_SECONDS = 5
 
 _NOT_EVALUATED = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED, RuleState.SUSPENDED)
 
@@ -42,6 +47,9 @@ def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
     try:
         with s.connection.begin_nested():
             worked = _evaluate(s, rule, limit_files)
+    except Conflict:  # somebody is changing a rule that wants the same copies: after them
+        _look_again(s, rule, timedelta(seconds=POSTPONE_SECONDS))
+        return 1
     except OperationalError:
         raise  # the database itself: nothing can be noted there now
     except (ReplicaError, DBAPIError) as error:
@@ -51,17 +59,21 @@ def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
 
 
 def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
+    lost, postponed = _lost(s, rule, limit_files)
     placing_on = rule.placed_to is not None or rule.copies_missing > 0
     _hold_endpoints(s, rule, every=placing_on)
     worked = _place(s, rule) if placing_on else 0
     applied = provision.apply_locks(s, rule.id, limit_files)
-    worked += applied
-    if not applied and not placing_on:
+    if not placing_on and not applied:
         reasons.replace(s, rule.id, [])
-    if applied < limit_files:
-        worked += _repair(s, rule, limit_files - applied)
-    settle(s, [rule.id], evaluated=True)
-    return worked
+    touched = {rule.id}
+    if lost:
+        touched.update(provision.provide_again(s, provision.wanted_by(s, rule.id, lost)))
+    settle(s, {rule.id}, evaluated=True)
+    settle(s, touched - {rule.id})
+    if postponed:
+        _look_again(s, rule, timedelta(seconds=POSTPONE_SECONDS))
+    return worked + applied + len(lost)
 
 
 def _hold_endpoints(s: Session, rule: sa.Row[Any], *, every: bool) -> None:
@@ -99,8 +111,12 @@ def _place(s: Session, rule: sa.Row[Any]) -> int:
     return len(lacking)
 
 
-def _repair(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
-    """New transfers for copies that are locked and neither there nor on their way: failed, cancelled or lost."""
+def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[int, int]], bool]:
+    """Pairs that the rule locks and that are neither there nor on their way: failed, cancelled or lost.
+
+    Other rules that want the same copies are held from here on. Where somebody else holds one of them, that copy must
+    wait, as waiting here could be waiting in a circle: then True comes back as well.
+    """
     open_ = (
         sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id)
         .where(
@@ -111,22 +127,28 @@ def _repair(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
         .subquery("open_locks")
     )
     held = files_of(open_)
-    lost = (
+    missing = (
         sa.select(held.c.file_id, held.c.endpoint_id)
         .outerjoin(replicas, of_pair(held))
         .where(
-            sa.or_(replicas.c.state.is_(None), replicas.c.state != literal(ReplicaState.AVAILABLE)),
+            sa.or_(replicas.c.state.is_(None), Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE))),
             ~provision.is_live(held.c.file_id, held.c.endpoint_id),
         )
         .distinct()
         .order_by(held.c.file_id, held.c.endpoint_id)
         .limit(limit_files)
     )
-    pairs = [(row.file_id, row.endpoint_id) for row in s.execute(lost)]
-    if pairs:
-        provided = provision.provide(s, provision.wanted_by(s, rule.id, pairs))
-        settle(s, set(provided.touched) - {rule.id})
-    return len(pairs)
+    pairs = [(row.file_id, row.endpoint_id) for row in s.execute(missing)]
+    if not pairs or not s.postgresql:
+        return pairs, False
+    cover = covering(rows_of(s, "lost", provision.PAIR, pairs))
+    others = set(s.execute(sa.select(cover.c.rule_id).where(cover.c.rule_id != rule.id).distinct()).scalars())
+    busy = others - guards.try_change_rules(s, sorted(others)) if others else set()
+    if not busy:
+        return pairs, False
+    theirs = s.execute(sa.select(cover.c.file_id, cover.c.endpoint_id).where(cover.c.rule_id.in_(sorted(busy))))
+    taken = {(row.file_id, row.endpoint_id) for row in theirs}
+    return [pair for pair in pairs if pair not in taken], True
 
 
 def _note_failure(s: Session, rule: sa.Row[Any], error: Exception) -> None:
@@ -136,5 +158,8 @@ def _note_failure(s: Session, rule: sa.Row[Any], error: Exception) -> None:
     first = s.execute(
         sa.select(sa.func.min(reasons_table.c.first_seen_at)).where(reasons_table.c.rule_id == rule.id)
     ).scalar()
-    again = s.now + reasons.pause_after(first, s.now)
-    s.execute(rules.update().where(rules.c.id == rule.id).values(evaluate_at=again))
+    _look_again(s, rule, reasons.pause_after(first, s.now))
+
+
+def _look_again(s: Session, rule: sa.Row[Any], pause: timedelta) -> None:
+    s.execute(rules.update().where(rules.c.id == rule.id).values(evaluate_at=s.now + pause))

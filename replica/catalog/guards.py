@@ -22,10 +22,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog.membership import closure, covering, literal, of_pair
+from replica.catalog.membership import Unguessed, closure, covering, literal, of_pair
 from replica.db.engine import Session
 from replica.db.tables import dids, endpoints, replicas, rules, transfers
-from rules.states import DidKind
+from rules.errors import Conflict
+from rules.states import DidKind, ReplicaState
+
+#: Ids, or a query that selects them.
+Ids = sa.Select[Any] | sa.CompoundSelect[Any] | Sequence[int]
 
 
 def one_at_a_time(s: Session, *what: object) -> None:
@@ -49,26 +53,47 @@ def keep_collections(s: Session, did_ids: Iterable[int], *, nested: bool) -> Non
     if nested:
         tree = closure(sa.select(sa.literal(0).label("tag"), dids.c.id).where(dids.c.id.in_(wanted)))
         wanted = sa.select(tree.c.id).where(tree.c.kind != literal(DidKind.FILE))
-    query = sa.select(dids.c.id).where(dids.c.id.in_(wanted)).order_by(dids.c.id).with_for_update(read=True)
+    # Containers before datasets, from above to below, as who attaches to a container holds them.
+    downwards = sa.select(dids.c.id).where(dids.c.id.in_(wanted)).order_by(dids.c.kind.desc(), dids.c.id)
+    query = downwards.with_for_update(read=True)
     held, found = -1, len(s.execute(query).all())
     while nested and found != held:
         # Having waited for a collection, there may be more in it: look again until nothing new appears.
         held, found = found, len(s.execute(query).all())
 
 
-def change_rules(s: Session, rule_ids: sa.Select[Any] | Sequence[int]) -> None:
-    if s.postgresql:
-        query = sa.select(rules.c.id).where(rules.c.id.in_(rule_ids)).order_by(rules.c.id)
-        s.execute(query.with_for_update(key_share=True)).all()
+def change_rules(s: Session, rule_ids: Ids) -> set[int]:
+    """The ids of those that are held now."""
+    if not s.postgresql:
+        return set()
+    query = sa.select(rules.c.id).where(rules.c.id.in_(rule_ids)).order_by(rules.c.id)
+    return set(s.execute(query.with_for_update(key_share=True)).scalars())
 
 
-def change_rules_covering(s: Session, pairs: sa.FromClause) -> None:
+def try_change_rules(s: Session, rule_ids: Sequence[int]) -> set[int]:
+    """Those of these rules that nobody else holds now; never waits."""
+    query = sa.select(rules.c.id).where(rules.c.id.in_(rule_ids))
+    locked = query.with_for_update(skip_locked=True, key_share=True) if s.postgresql else query
+    return set(s.execute(locked).scalars())
+
+
+def change_rules_covering(s: Session, pairs: sa.FromClause) -> set[int]:
     """The rules that protect any of these replicas: their counters are about to change."""
+    return change_rules(s, sa.select(covering(pairs).c.rule_id))
+
+
+def change_rules_that_came(s: Session, pairs: sa.FromClause) -> None:
+    """The rules that protect these replicas, of which all but the newest are held. It is too late to wait for these.
+
+    Conflict when somebody else holds one.
+    """
     if s.postgresql:
-        change_rules(s, sa.select(covering(pairs).c.rule_id))
+        wanted = set(s.execute(sa.select(covering(pairs).c.rule_id).distinct()).scalars())
+        if wanted and not wanted <= try_change_rules(s, sorted(wanted)):
+            raise Conflict("a rule for these files was added at this moment", hint="repeat the request")
 
 
-def change_endpoints(s: Session, endpoint_ids: sa.Select[Any] | Sequence[int]) -> None:
+def change_endpoints(s: Session, endpoint_ids: Ids) -> None:
     if s.postgresql:
         query = sa.select(endpoints.c.id).where(endpoints.c.id.in_(endpoint_ids)).order_by(endpoints.c.id)
         s.execute(query.with_for_update(key_share=True)).all()
@@ -80,15 +105,15 @@ def keep_endpoints(s: Session, endpoint_ids: Sequence[int]) -> None:
         s.execute(query.with_for_update(read=True)).all()
 
 
-def change_replicas(s: Session, pairs: sa.FromClause, *where: sa.ColumnElement[bool]) -> None:
-    """The rows of these pairs (those for which `where` holds)."""
+def change_replicas(s: Session, pairs: sa.FromClause, *, missing: bool = False) -> None:
+    """The replicas of these pairs; with `missing` only those that are not available."""
     if not s.postgresql:
         return
     rows = (
         sa.select(replicas.c.file_id)
         .select_from(pairs)
         .join(replicas, of_pair(pairs))
-        .where(*where)
+        .where(Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)) if missing else sa.true())
         .order_by(replicas.c.file_id, replicas.c.endpoint_id)
         .with_for_update(of=replicas, key_share=True)
         .subquery()

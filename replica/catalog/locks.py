@@ -29,11 +29,10 @@ from replica.catalog.membership import (
     is_covered,
     literal,
     of_pair,
-    of_pairs,
     units,
 )
 from replica.catalog.provision import LIVE, PAIR, is_stuck
-from replica.catalog.rule_states import settle
+from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import dids, endpoints, files, locks, replicas, rules, transfers
 from rules.endpoints import Endpoint
@@ -62,29 +61,37 @@ _WITHOUT_LOCKS = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED)
 
 def content_attached(s: Session, parent_id: int, child_ids: Sequence[int]) -> None:
     """These children are new in the parent, which the caller holds."""
-    above = _rules_above(s, parent_id)
-    if not above or not child_ids:
+    if not child_ids:
         return
-    touched = {rule.id for rule in above}
-    if _kind(s, parent_id) is DidKind.DATASET:
-        touched.update(_files_joined(s, parent_id, child_ids, above))
-    else:
+    holds_files = _kind(s, parent_id) is DidKind.DATASET
+    if not holds_files:
         guards.keep_collections(s, child_ids, nested=True)
+    above = _rules_above(s, parent_id)
+    if not above:
+        return
+    if holds_files:
+        _files_joined(s, parent_id, child_ids, above)
+    else:
         _hold_every_endpoint(s)
         for rule in above:
             tree = closure(_roots(s, child_ids))
             place_units(s, rule, sa.select(units(tree, rule.grouping).subquery().c.unit_id))
-    settle(s, touched)
+    settle(s, [rule.id for rule in above])
 
 
 def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> None:
     """These children were in the parent, which the caller holds, and are not any more."""
+    if not child_ids:
+        return
+    holds_files = _kind(s, parent_id) is DidKind.DATASET
+    if not holds_files:
+        guards.keep_collections(s, child_ids, nested=True)
     above = _rules_above(s, parent_id)
-    if not above or not child_ids:
+    if not above:
         return
     rule_ids = [rule.id for rule in above]
     guards.change_endpoints(s, sa.select(locks.c.endpoint_id).where(locks.c.rule_id.in_(rule_ids)).distinct())
-    if _kind(s, parent_id) is DidKind.DATASET:
+    if holds_files:
         lost = _files_left(s, parent_id, child_ids)
         singles = [rule for rule in above if rule.grouping is Grouping.NONE]
         lost += _units_left(s, singles, child_ids, Grouping.NONE)
@@ -99,6 +106,32 @@ def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> No
         if rule.copies_missing:
             count_missing(s, rule)
     settle(s, rule_ids)
+
+
+def hold_for_registration(s: Session, pairs: sa.FromClause, endpoint_id: int, dataset_id: int | None) -> None:
+    """What entering these replicas, and putting their files into the dataset, will change: all at once, in order.
+
+    The caller holds the dataset.
+    """
+    if not s.postgresql:
+        return
+    concerned = sa.select(covering(pairs).c.rule_id.label("id"))
+    if dataset_id is not None:
+        above = ancestors(s, [dataset_id])
+        of_dataset = sa.select(rules.c.id, rules.c.grouping).where(
+            rules.c.did_id.in_(sa.select(above.c.id)), rules.c.state.not_in(_WITHOUT_LOCKS)
+        )
+        if any(grouping is Grouping.NONE for _, grouping in s.execute(of_dataset)):
+            guards.change_rules(s, sa.union(concerned, of_dataset.with_only_columns(rules.c.id)))
+            _hold_every_endpoint(s)
+            return
+        guards.change_rules(s, sa.union(concerned, of_dataset.with_only_columns(rules.c.id)))
+    else:
+        guards.change_rules(s, concerned)
+    there: Any = sa.select(sa.literal(endpoint_id, sa.BigInteger()).label("id"))
+    if dataset_id is not None:
+        there = sa.union(there, sa.select(locks.c.endpoint_id).where(locks.c.unit_id == dataset_id))
+    guards.change_endpoints(s, there)
 
 
 def _rules_above(s: Session, parent_id: int) -> Sequence[sa.Row[Any]]:
@@ -122,8 +155,7 @@ def _roots(s: Session, ids: Sequence[int]) -> sa.Select[Any]:
     return sa.select(sa.literal(0).label("tag"), batch.c.id)
 
 
-def _files_joined(s: Session, parent_id: int, file_ids: Sequence[int], above: Sequence[sa.Row[Any]]) -> Sequence[int]:
-    """Returns other rules that are touched because a copy both want is tried again."""
+def _files_joined(s: Session, parent_id: int, file_ids: Sequence[int], above: Sequence[sa.Row[Any]]) -> None:
     singles = [rule for rule in above if rule.grouping is Grouping.NONE]
     if singles:
         _hold_every_endpoint(s)
@@ -146,12 +178,13 @@ def _files_joined(s: Session, parent_id: int, file_ids: Sequence[int], above: Se
         .group_by(batch.c.id, locks.c.endpoint_id)
         .subquery("wanted")
     )
-    guards.change_replicas(s, wanted, replicas.c.state != literal(ReplicaState.AVAILABLE))
+    guards.change_replicas(s, wanted, missing=True)
     _count_files(s, parent_id, wanted, 1)
-    provided = provision.provide(s, wanted)
+    held = [rule.id for rule in above]
+    if provision.provide(s, wanted, held).left_stuck:
+        look_soon(s, held)
     for rule in singles:
         place_units(s, rule, sa.select(batch.c.id), limit_files=len(file_ids) * rule.copies)
-    return provided.touched
 
 
 def _hold_every_endpoint(s: Session) -> None:
@@ -201,7 +234,7 @@ def _files_left(s: Session, dataset_id: int, file_ids: Sequence[int]) -> list[tu
         .distinct()
         .subquery("pairs")
     )
-    guards.change_replicas(s, pairs, replicas.c.state != literal(ReplicaState.AVAILABLE))
+    guards.change_replicas(s, pairs, missing=True)
     _count_files(s, dataset_id, pairs, -1)
     where = s.execute(sa.select(locks.c.endpoint_id).where(locks.c.unit_id == dataset_id).distinct()).scalars().all()
     return [(file_id, endpoint_id) for endpoint_id in where for file_id in file_ids]
@@ -320,8 +353,11 @@ def count_missing(s: Session, rule: sa.Row[Any]) -> None:
 
 
 def replicas_became_available(s: Session, pairs: sa.FromClause) -> None:
-    """The replicas of `pairs` (file_id, endpoint_id) were not available before this transaction and now are."""
-    guards.change_rules_covering(s, pairs)
+    """The replicas of `pairs` (file_id, endpoint_id) were not available before this transaction and now are.
+
+    The caller holds the rules that cover them. Conflict when one was added since then and is being changed.
+    """
+    guards.change_rules_that_came(s, pairs)
     concerned = count_available(s, pairs, 1)
     this = sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id))
     needless = sa.and_(this, any_of(transfers.c.state, LIVE))
@@ -398,11 +434,10 @@ def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None) 
     open_ = _unfinished(s, pairs, ignoring_rule)
     if open_:
         _stop(s, open_)
-    this = of_pairs(pairs)
     s.execute(
         replicas.update()
         .where(
-            this,
+            of_pair(pairs),
             replicas.c.tombstone_at.is_(None),
             ~is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule),
         )
@@ -412,7 +447,7 @@ def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None) 
 
 def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> Sequence[sa.Row[Any]]:
     """Replicas of `pairs` that nobody wants and that are not there, with whether a worker is at it."""
-    guards.change_replicas(s, pairs, replicas.c.state != literal(ReplicaState.AVAILABLE))
+    guards.change_replicas(s, pairs, missing=True)
     leased = sa.exists(
         sa.select(1).where(
             transfers.c.file_id == replicas.c.file_id,
@@ -457,7 +492,11 @@ def _stop(s: Session, unfinished: Sequence[sa.Row[Any]]) -> None:
     vanish = [row for row in unfinished if row.state is ReplicaState.COPYING and not row.leased]
     if vanish:
         gone = rows_of(s, "vanishing", PAIR, [(row.file_id, row.endpoint_id) for row in vanish])
-        s.execute(replicas.delete().where(of_pairs(gone)))
+        s.execute(
+            replicas.delete().where(
+                sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id).in_(sa.select(gone.c.file_id, gone.c.endpoint_id))
+            )
+        )
         freed: Counter[int] = Counter()
         for row in vanish:
             freed[row.endpoint_id] -= row.size_bytes

@@ -152,7 +152,15 @@ def queue(s: Session, site_id: int, limit: int) -> sa.Select[Any]:
     """The head of a site's queue. The index ix_transfers_queue has it in this order."""
     target = endpoints.alias("target")
     query = (
-        sa.select(transfers)
+        sa.select(
+            transfers.c.id,
+            transfers.c.epoch,
+            transfers.c.file_id,
+            transfers.c.target_id,
+            transfers.c.rule_id,
+            transfers.c.attempts,
+            transfers.c.size_bytes,
+        )
         .join(target, target.c.id == transfers.c.target_id)
         .where(
             transfers.c.site_id == site_id,
@@ -191,7 +199,16 @@ def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
     )
     wanted = ids_of(s, "files_claimed", sorted({row.file_id for row in rows}))
     found = (
-        sa.select(replicas, dids.c.name, scopes.c.name.label("scope"), *(files.c[a] for a in DIGITS))
+        sa.select(
+            replicas.c.file_id,
+            replicas.c.endpoint_id,
+            replicas.c.state,
+            replicas.c.evidence,
+            replicas.c.path,
+            dids.c.name,
+            scopes.c.name.label("scope"),
+            *(files.c[a] for a in DIGITS),
+        )
         .join(wanted, wanted.c.id == replicas.c.file_id)
         .join(files, files.c.did_id == replicas.c.file_id)
         .join(dids, dids.c.id == replicas.c.file_id)

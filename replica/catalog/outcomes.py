@@ -11,7 +11,8 @@ Partner   rules.transfers decides what follows a failure; replica.catalog.locks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -23,11 +24,11 @@ from replica.catalog import guards, locks, provision, reasons
 from replica.catalog.bulk import Columns, ids_of, rows_of
 from replica.catalog.membership import any_of, covering, literal, of_pair
 from replica.catalog.provision import PAIR
-from replica.catalog.rule_states import settle
+from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import Instant, attempts, endpoints, files, replicas, rules, transfers
 from rules.checksums import DIGITS, Agreement, Checksums
-from rules.errors import ChecksumDiffers, Invalid, SourceMissing
+from rules.errors import ChecksumDiffers, Conflict, Invalid, SourceMissing
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 from rules.transfers import GiveUp, RetryPolicy, after_failure, describe
 
@@ -36,6 +37,23 @@ DEFAULT_POLICY = RetryPolicy()
 EXPIRED_MAX = 1_000
 #: Independent attempts that must blame a source before its replica is no longer taken for good.
 BLAMED_BY = 2
+
+#: What of a transfer its end needs.
+_NEEDED = tuple(
+    transfers.c[name]
+    for name in (
+        "id",
+        "epoch",
+        "file_id",
+        "target_id",
+        "site_id",
+        "rule_id",
+        "source_id",
+        "attempts",
+        "worker",
+        "size_bytes",
+    )
+)
 
 #: What the blame of an error says about the replica that was read.
 _BLAMES = {SourceMissing.code: ReplicaState.UNAVAILABLE, ChecksumDiffers.code: ReplicaState.BAD}
@@ -83,22 +101,26 @@ def report(
     columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
     wanted = rows_of(s, "outcomes", columns, sorted((o.transfer, o.epoch) for o in report.outcomes))
     current = (
-        sa.select(transfers)
+        sa.select(*_NEEDED)
         .join(wanted, sa.and_(wanted.c.id == transfers.c.id, wanted.c.epoch == transfers.c.epoch))
         .where(transfers.c.site_id == site_id, any_of(transfers.c.state, TRANSFER_LEASED))
         .order_by(transfers.c.id)
     )
     sources = _endpoint_ids(s, {o.source_endpoint for o in report.outcomes if o.source_endpoint})
     found = s.execute(current).all()
-    _hold(s, found, said, sources)
-    if s.postgresql and found:
+
+    def carry_out() -> list[_Ending]:
+        held = _hold(s, found, said, sources)
         # Only now nobody else can end them: what was current before may not be any more.
-        found = s.execute(current.with_for_update(of=transfers, key_share=True)).all()
-    endings = [_ending(row, said[row.id], sources, report.worker) for row in found]
-    if endings:
-        _check_content(s, endings, said)
-        _decide(s, endings, fraction, policy)
-        _carry_out(s, endings)
+        still = s.execute(current.with_for_update(of=transfers, key_share=True)).all() if s.postgresql else found
+        endings = [_ending(row, said[row.id], sources, report.worker) for row in still]
+        if endings:
+            _check_content(s, endings, said)
+            _decide(s, endings, fraction, policy)
+            _carry_out(s, endings, held)
+        return endings
+
+    endings = _again_if_rules_came(s, carry_out) if found else []
     accepted = {ending.id for ending in endings}
     return wire.ReportAnswer(
         accepted=len(accepted), stale=[o.transfer for o in report.outcomes if o.transfer not in accepted]
@@ -108,7 +130,7 @@ def report(
 def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
     """Give back what workers hold that stopped answering; who lost too many workers already has failed."""
     current = (
-        sa.select(transfers)
+        sa.select(*_NEEDED)
         .where(any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.lease_until < s.now)
         .order_by(transfers.c.lease_until, transfers.c.id)
         .limit(EXPIRED_MAX)
@@ -116,34 +138,65 @@ def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
     found = s.execute(current).all()
     if not found:
         return 0
-    _hold(s, found, {}, {})
-    if s.postgresql:
-        ids = ids_of(s, "expired", sorted(row.id for row in found))
-        again = (
-            sa.select(transfers)
-            .join(ids, ids.c.id == transfers.c.id)
-            .where(any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.lease_until < s.now)
-            .order_by(transfers.c.id)
-        )
-        found = s.execute(again.with_for_update(of=transfers, key_share=True, skip_locked=True)).all()
-    endings = []
-    for row in found:
-        ending = _Ending(
-            row.id, row.epoch, row.file_id, row.target_id, row.rule_id, row.attempts, row.worker, "lost",
-            attempts_after=row.attempts, source_id=row.source_id, error="lost",
-        )  # fmt: skip
-        ending.message = f"the worker {row.worker} stopped answering"
-        if row.attempts >= policy.attempts_max:
-            ending.state = TransferState.FAILED
-            ending.reason_code, ending.reason = "lost", f"{ending.message}, and so did others: {row.attempts} attempts"
-            ending.hint = "the file or an endpoint may be what stops the workers: look at their logs"
-        else:
-            ending.reason_code, ending.reason = "lost", ending.message
-        endings.append(ending)
-    if endings:
-        _carry_out(s, endings)
-        provision.wake_sites(s, {row.site_id for row in found})
-    return len(endings)
+
+    def carry_out() -> list[_Ending]:
+        held = _hold(s, found, {}, {})
+        still = found
+        if s.postgresql:
+            ids = ids_of(s, "expired", sorted(row.id for row in found))
+            again = (
+                sa.select(*_NEEDED)
+                .join(ids, ids.c.id == transfers.c.id)
+                .where(any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.lease_until < s.now)
+                .order_by(transfers.c.id)
+            )
+            still = s.execute(again.with_for_update(of=transfers, key_share=True, skip_locked=True)).all()
+        endings = [_lost(row, policy) for row in still]
+        if endings:
+            _carry_out(s, endings, held)
+            provision.wake_sites(s, {row.site_id for row in still})
+        return endings
+
+    return len(_again_if_rules_came(s, carry_out))
+
+
+def _lost(row: sa.Row[Any], policy: RetryPolicy) -> _Ending:
+    message = f"the worker {row.worker} stopped answering"
+    ending = _Ending(
+        id=row.id,
+        epoch=row.epoch,
+        file_id=row.file_id,
+        target_id=row.target_id,
+        rule_id=row.rule_id,
+        attempts=row.attempts,
+        worker=row.worker,
+        outcome="lost",
+        attempts_after=row.attempts,
+        source_id=row.source_id,
+        error="lost",
+        message=message,
+        reason_code="lost",
+        reason=message,
+    )
+    if row.attempts >= policy.attempts_max:
+        ending.state = TransferState.FAILED
+        ending.reason = f"{message}, and so did others: {row.attempts} attempts"
+        ending.hint = "the file or an endpoint may be what stops the workers: look at their logs"
+    return ending
+
+
+class _RulesCame(Exception):
+    """A rule that was added meanwhile covers a replica of the batch, and is not held."""
+
+
+def _again_if_rules_came(s: Session, carry_out: Callable[[], list[_Ending]]) -> list[_Ending]:
+    """Rules are held before replicas. Who finds one too late lets go of everything and begins again."""
+    if not s.postgresql:
+        return carry_out()
+    for _ in range(5):
+        with contextlib.suppress(_RulesCame), s.connection.begin_nested():
+            return carry_out()
+    raise Conflict("rules for these files are being added faster than they can be counted", hint="report again")
 
 
 # --- what was said --------------------------------------------------------------------------------------------------
@@ -156,10 +209,10 @@ def _endpoint_ids(s: Session, names: set[str]) -> dict[str, int]:
     return {row.name: row.id for row in rows}
 
 
-def _hold(s: Session, found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome], sources: dict[str, int]) -> None:
-    """Hold rules, blamed endpoints and replicas, in this order. SQLite has one writer and nothing to hold."""
-    if not found or not s.postgresql:
-        return
+def _hold(s: Session, found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome], sources: dict[str, int]) -> set[int]:
+    """Hold rules, blamed endpoints and replicas, in this order; returns the rules. SQLite has nothing to hold."""
+    if not s.postgresql:
+        return set()
     targets = {(row.file_id, row.target_id) for row in found}
     blamed = {
         (row.file_id, sources[o.source_endpoint])
@@ -167,10 +220,11 @@ def _hold(s: Session, found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome
         if (o := said.get(row.id)) is not None and _is_blame(o) and o.source_endpoint in sources
     }
     pairs = rows_of(s, "concerned", PAIR, sorted(targets | blamed))
-    guards.change_rules_covering(s, pairs)
+    held = guards.change_rules_covering(s, pairs)
     if blamed:
         guards.change_endpoints(s, sorted({endpoint_id for _, endpoint_id in blamed} | {e for _, e in targets}))
     guards.change_replicas(s, pairs)
+    return held
 
 
 def _is_blame(outcome: wire.Outcome) -> bool:
@@ -208,6 +262,8 @@ def _check_content(s: Session, endings: list[_Ending], said: dict[int, wire.Outc
     for ending in done:
         file, outcome = known[ending.file_id], said[ending.id]
         values = file._mapping
+        if outcome.size in (None, file.size_bytes) and _all_known_and_equal(outcome.checksums, values):
+            continue
         mine = Checksums.of({a: values[a].hex() for a in DIGITS if values[a] is not None})
         try:
             theirs = Checksums.of(outcome.checksums)
@@ -223,6 +279,13 @@ def _check_content(s: Session, endings: list[_Ending], said: dict[int, wire.Outc
             ending.learned = {c.algorithm: bytes.fromhex(c.value) for c in theirs if c.algorithm not in known_already}
         else:
             _differs(ending, "the worker reported no checksum that the catalogue knows: nothing was proven")
+
+
+def _all_known_and_equal(reported: Mapping[str, str], known: Mapping[Any, Any]) -> bool:
+    """The usual case, told without making anything of it."""
+    return bool(reported) and all(
+        a in DIGITS and known[a] is not None and known[a].hex() == value for a, value in reported.items()
+    )
 
 
 def _differs(ending: _Ending, message: str) -> None:
@@ -276,7 +339,7 @@ def _other_sources(s: Session, failed: Sequence[_Ending]) -> dict[int, int]:
 # --- what follows ---------------------------------------------------------------------------------------------------
 
 
-def _carry_out(s: Session, endings: list[_Ending]) -> None:
+def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
     """Rules, replicas and transfers are held. Counters move while the transfers are still as they were."""
     touched: set[int] = set()
     done = [ending for ending in endings if ending.state is TransferState.DONE]
@@ -295,6 +358,8 @@ def _carry_out(s: Session, endings: list[_Ending]) -> None:
         touched.update(provision.count_stuck(s, batch, 1))
         _note(s, failed)
     touched.update(_blame(s, endings))
+    if s.postgresql and not touched <= held:
+        raise _RulesCame
     settle(s, touched)
 
 
@@ -463,4 +528,6 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
         .group_by(cover.c.file_id, cover.c.endpoint_id)
         .subquery("wanted")
     )
-    return touched + provision.provide(s, wanted).touched
+    if provision.provide(s, wanted, touched).left_stuck:
+        look_soon(s, touched)
+    return touched

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from replica.catalog import endpoints, guards
 from replica.catalog.bulk import rows_of
-from replica.catalog.membership import ByFile, any_of, files_of, literal, of_pair
+from replica.catalog.membership import Unguessed, any_of, files_of, literal, of_pair
 from replica.catalog.provision import is_stuck
 from replica.catalog.reasons import Found
 from replica.db.engine import Session
@@ -209,7 +209,7 @@ def _write_locks(s: Session, rule_id: int, proposal: Proposal) -> None:
     held = files_of(chosen)
     if not proposal.moves_nothing:
         # Copies on their way are counted as missing: whoever finishes them must wait until our lock can be seen.
-        guards.change_replicas(s, held, replicas.c.state != literal(ReplicaState.AVAILABLE))
+        guards.change_replicas(s, held, missing=True)
     available = sa.case((replicas.c.state == literal(ReplicaState.AVAILABLE), 1), else_=0)
     at_rest = sa.case(
         (sa.and_(replicas.c.state == literal(ReplicaState.AVAILABLE), replicas.c.tombstone_at.is_(None)), 1), else_=0
@@ -284,7 +284,9 @@ def _facts(s: Session, wanted: Wanted, unit_ids: Sequence[int], among: Sequence[
         sa.select(held.c.unit_id, replicas.c.endpoint_id, sa.func.sum(held.c.size_bytes), sa.func.sum(available))
         .select_from(held)
         .join(replicas, replicas.c.file_id == held.c.file_id)
-        .where(ByFile().in_([e.id for e in among]), any_of(replicas.c.state, _COUNTS))
+        .where(
+            Unguessed(replicas.c.endpoint_id.in_([e.id for e in among])), Unguessed(any_of(replicas.c.state, _COUNTS))
+        )
         .group_by(held.c.unit_id, replicas.c.endpoint_id)
     )
     for unit_id, endpoint_id, size_bytes, whole in s.execute(coverage):
@@ -307,7 +309,9 @@ def _together(s: Session, unit_ids: Sequence[int], among: Sequence[Endpoint]) ->
         sa.select(replicas.c.endpoint_id, sa.func.sum(once.c.size_bytes))
         .select_from(once)
         .join(replicas, replicas.c.file_id == once.c.file_id)
-        .where(ByFile().in_([e.id for e in among]), any_of(replicas.c.state, _COUNTS))
+        .where(
+            Unguessed(replicas.c.endpoint_id.in_([e.id for e in among])), Unguessed(any_of(replicas.c.state, _COUNTS))
+        )
         .group_by(replicas.c.endpoint_id)
     )
     return int(total), {endpoint_id: int(size) for endpoint_id, size in s.execute(coverage)}

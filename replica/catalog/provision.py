@@ -10,14 +10,16 @@ Partner   replica.catalog.placing makes the locks; site workers claim the transf
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from replica.catalog import guards
 from replica.catalog.bulk import Columns, insert, rows_of
-from replica.catalog.membership import any_of, covering, files_of, literal, of_pair, of_pairs
-from replica.catalog.rule_states import settle
+from replica.catalog.membership import Unguessed, any_of, covering, files_of, literal, of_pair
+from replica.catalog.rule_states import look_soon
 from replica.db.engine import Session
 from replica.db.tables import contents, endpoints, files, locks, replicas, rules, sites, transfers
 from rules.states import TRANSFER_TERMINAL, ReplicaState, TransferState
@@ -32,7 +34,7 @@ PAIR: Columns = {"file_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}
 def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
     """One slice of the locks of a rule that are not worked off yet; returns how many files it held, 0 at the end.
 
-    The caller holds the rule and the endpoints of its locks, and settles it.
+    The caller holds the rule and the endpoints of its locks, and settles the rule.
     """
     bounds = _next_bounds(s, rule_id, limit_files)
     if not bounds:
@@ -53,8 +55,9 @@ def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
         .group_by(held.c.file_id, held.c.endpoint_id, rules.c.id)
         .subquery("wanted")
     )
-    provided = provide(s, wanted)
-    settle(s, set(provided.touched) - {rule_id})
+    provided = provide(s, wanted, {rule_id})
+    if provided.left_stuck:
+        look_soon(s, [rule_id])
     lock = sa.and_(
         locks.c.rule_id == part.c.rule_id,
         locks.c.unit_id == part.c.unit_id,
@@ -111,32 +114,51 @@ def _next_bounds(s: Session, rule_id: int, limit_files: int) -> list[tuple[int, 
 class Provided:
     #: Endpoint id → bytes of the replicas that were made.
     created_bytes: dict[int, int]
-    #: Rules whose counters moved because copies that were stuck are tried again; the caller settles their states.
-    touched: list[int]
+    #: Some copies had failed before, and other rules want them, too: evaluation can hold all of them and try again.
+    left_stuck: bool
 
 
-def provide(s: Session, wanted: sa.FromClause) -> Provided:
+def provide(s: Session, wanted: sa.FromClause, held: Collection[int]) -> Provided:
     """Make what is missing for `(file_id, endpoint_id, size_bytes, rule_id, priority, activity)`, one row for a pair.
 
-    The caller holds rules and endpoints.
+    The caller holds the endpoints and the rules `held`, and settles these.
     """
-    touched = try_again(s, wanted)
+    stuck = [(row.file_id, row.endpoint_id) for row in s.execute(_in_vain(wanted))]
+    if stuck:
+        batch = rows_of(s, "stuck_before", PAIR, stuck)
+        if set(s.execute(sa.select(covering(batch).c.rule_id).distinct()).scalars()) <= set(held):
+            count_stuck(s, batch, -1)
+            stuck = []
     created = _make_replicas(s, wanted)
     _protect(s, wanted)
     _raise_priority(s, wanted)
+    _make_transfers(s, wanted, rows_of(s, "left_stuck", PAIR, stuck) if stuck else None)
+    return Provided(created, bool(stuck))
+
+
+def provide_again(s: Session, wanted: sa.FromClause) -> list[int]:
+    """The same for copies that had failed or got lost; the caller also holds every rule that covers them.
+
+    Returns the rules whose counters moved; the caller settles their states.
+    """
+    touched = try_again(s, wanted)
+    _make_replicas(s, wanted)
     _make_transfers(s, wanted)
-    return Provided(created, touched)
+    return touched
 
 
 def try_again(s: Session, pairs: sa.FromClause) -> list[int]:
     """Transfers are about to be made for these pairs: those that were stuck are not any more.
 
-    Returns the rules that notice; the caller settles their states.
+    The caller holds the rules that cover them. Returns those that notice, for the caller to settle. Conflict when a
+    rule was added since then and is being changed.
     """
-    stuck = s.execute(_in_vain(pairs)).all()
+    stuck = [(row.file_id, row.endpoint_id) for row in s.execute(_in_vain(pairs))]
     if not stuck:
         return []
-    return count_stuck(s, rows_of(s, "tried_again", PAIR, [(row.file_id, row.endpoint_id) for row in stuck]), -1)
+    batch = rows_of(s, "tried_again", PAIR, stuck)
+    guards.change_rules_that_came(s, batch)
+    return count_stuck(s, batch, -1)
 
 
 def wanted_by(s: Session, rule_id: int, pairs: list[tuple[int, int]]) -> sa.Subquery:
@@ -197,7 +219,7 @@ def _protect(s: Session, wanted: sa.FromClause) -> None:
         replicas.update()
         .where(
             replicas.c.tombstone_at.is_not(None),
-            of_pairs(wanted),
+            of_pair(wanted),
         )
         .values(tombstone_at=None)
     )
@@ -237,7 +259,7 @@ def _missing(wanted: sa.FromClause) -> sa.Select[Any]:
     return (
         sa.select(wanted.c.file_id, wanted.c.endpoint_id)
         .join(replicas, of_pair(wanted))
-        .where(replicas.c.state != literal(ReplicaState.AVAILABLE))
+        .where(Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)))
     )
 
 
@@ -245,7 +267,7 @@ def _in_vain(wanted: sa.FromClause) -> sa.Select[Any]:
     return _missing(wanted).where(is_stuck(wanted.c.file_id, wanted.c.endpoint_id))
 
 
-def _make_transfers(s: Session, wanted: sa.FromClause) -> None:
+def _make_transfers(s: Session, wanted: sa.FromClause, but: sa.FromClause | None = None) -> None:
     nothing_yet = sa.literal(s.now, transfers.c.created_at.type)
     rows = (
         _missing(wanted)
@@ -264,6 +286,9 @@ def _make_transfers(s: Session, wanted: sa.FromClause) -> None:
         )
         .order_by(wanted.c.file_id, wanted.c.endpoint_id)
     )
+    if but is not None:
+        pair = sa.tuple_(wanted.c.file_id, wanted.c.endpoint_id)
+        rows = rows.where(pair.not_in(sa.select(but.c.file_id, but.c.endpoint_id)))
     names = ["file_id", "target_id", "site_id", "rule_id", "state", "priority", "activity", "size_bytes", "created_at"]
     made = s.execute(
         insert(s, transfers).from_select(names, rows).on_conflict_do_nothing().returning(transfers.c.site_id)

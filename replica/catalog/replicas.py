@@ -18,7 +18,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import accounts, bulk, cursors, dids, endpoints, guards, locks, membership, provision, scopes
+from replica.catalog import accounts, bulk, cursors, dids, endpoints, locks, membership, provision, scopes
 from replica.catalog.rule_states import settle
 from replica.db import tables
 from replica.db.engine import Session
@@ -81,7 +81,7 @@ def register(s: Session, actor: Actor, registration: wire.Registration) -> wire.
     everything = sorted(given.values(), key=lambda file: (scope_ids[file.did.scope], file.did.name))
     hashed = registration.evidence == "hashed"
     new = _files(s, everything, scope_ids, account_id, hashed)
-    _hold(s, everything, endpoint.id, dataset_id)
+    locks.hold_for_registration(s, _pairs(s, "held", everything, endpoint.id), endpoint.id, dataset_id)
     _refuse_taken_paths(s, everything, endpoint)
 
     came, waiting = _replicas(s, everything, endpoint.id, endpoint.name)
@@ -333,20 +333,6 @@ def _learn(s: Session, learned: list[_Given]) -> None:
 
 
 # --- replicas -------------------------------------------------------------------------------------------------------
-
-
-def _hold(s: Session, given: Sequence[_Given], endpoint_id: int, dataset_id: int | None) -> None:
-    """Rules and endpoints that this registration may change through the locks of the files and of the dataset."""
-    if not s.postgresql:
-        return
-    pairs = _pairs(s, "held", given, endpoint_id)
-    of_dataset = tables.locks.c.unit_id == dataset_id  # none, where there is no dataset
-    covering = sa.select(membership.covering(pairs).c.rule_id)
-    rules = sa.union(covering, sa.select(tables.locks.c.rule_id).where(of_dataset)).subquery()
-    guards.change_rules(s, sa.select(rules.c.rule_id))
-    placed = sa.select(sa.literal(endpoint_id, sa.BigInteger()).label("endpoint_id"))
-    touched = sa.union(placed, sa.select(tables.locks.c.endpoint_id).where(of_dataset)).subquery()
-    guards.change_endpoints(s, sa.select(touched.c.endpoint_id))
 
 
 def _refuse_taken_paths(s: Session, given: Sequence[_Given], endpoint: sa.Row[Any]) -> None:

@@ -28,6 +28,12 @@ WATCH_SECONDS = 900
 _OPEN = locks.c.files_available < locks.c.files_total
 
 
+def look_soon(s: Session, rule_ids: Collection[int]) -> None:
+    """Evaluation is to look at these rules at once; the caller holds them."""
+    s.execute(rules.update().where(rules.c.id.in_(sorted(rule_ids))).values(evaluate_at=s.now))
+    s.wake.add("evaluation")
+
+
 def settle(s: Session, rule_ids: Collection[int], *, evaluated: bool = False) -> None:
     """Set the states of these rules by what is true now. At most five statements.
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import cursors, dids, guards, provision, reasons, sites
 from replica.catalog.bulk import rows_of
-from replica.catalog.membership import closure_of, covering, files_of, units
+from replica.catalog.membership import Computed, closure_of, covering, files_of, units
 from replica.catalog.orders import claim, heartbeat
 from replica.catalog.outcomes import expire_leases, report
 from replica.catalog.provision import PAIR
@@ -146,7 +146,7 @@ def retry(s: Session, transfer_id: int) -> wire.Transfer:
         .where(old.id == transfer_id)
         .subquery("wanted")
     )
-    settle(s, provision.provide(s, wanted).touched)
+    settle(s, provision.provide_again(s, wanted))
     made = s.execute(
         sa.select(sa.func.max(transfers.c.id)).where(
             transfers.c.file_id == row.file_id, transfers.c.target_id == row.target_id
@@ -177,7 +177,7 @@ def _is_locked_by(rule_id: int) -> sa.ColumnElement[bool]:
     by_dataset = (
         sa.select(1)
         .select_from(contents)
-        .join(locks, locks.c.unit_id == contents.c.parent_id)
+        .join(locks, locks.c.unit_id == Computed(contents.c.parent_id))
         .where(
             contents.c.child_id == transfers.c.file_id,
             locks.c.rule_id == rule_id,

@@ -10,7 +10,7 @@ Sketch    10,000 files × (open, read, hash, write, sync, read back, rename) ≈
 
     python -m tests.benchmarks.bench_system [--files N] [--large-mib N] [--directory DIR]
 
-Prints one JSON document. What is measured excludes writing and registering the files.
+Prints one JSON document; exit code 1 if a floor is missed. What is measured excludes writing and registering the files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ TIMERS = {
 }
 SMALL_BYTES = 64 << 10
 IDLE_ROUNDS = 5
+#: Floors on two cores.
+FILES_PER_SECOND_MIN = 300
+FIRST_BYTE_SECONDS_MAX = 1.0
 
 
 def replicate(system: System, files: Files, copies: int = 2) -> float:
@@ -141,7 +145,7 @@ def _has_bytes(disks: list[Path], files: Files) -> bool:
     return any((disk / files.path("one.dat")).exists() or any((disk / OWN / "part").glob("*")) for disk in disks)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--large-mib", type=int, default=4096)
@@ -157,8 +161,14 @@ def main() -> None:
                 "small": small_files(system, options.files, directory),
                 "large": large_file(system, options.large_mib << 20, directory),
             }
+    result["floors_held"] = held = {
+        f"files per second >= {FILES_PER_SECOND_MIN}": result["small"]["files_per_second"] >= FILES_PER_SECOND_MIN,
+        f"wish to first byte < {FIRST_BYTE_SECONDS_MAX} s": result["wish_to_first_byte"]["median_seconds"]
+        < FIRST_BYTE_SECONDS_MAX,
+    }
     print(json.dumps(result, indent=2))
+    return 0 if all(held.values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

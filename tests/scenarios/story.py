@@ -10,10 +10,10 @@ Partner   test_workers_die.py and its like tell these stories with a few files, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tests.scenarios.system import LEASE_SECONDS, Files, Poller, Process, System, until
+from tests.scenarios.system import LEASE_SECONDS, Files, Poller, System, until
 
 SOURCE = "DESY"
 TARGETS = ("HZDR", "GSI")
@@ -51,41 +51,42 @@ def replicate(system: System, scope: str, size: Size, damage: Callable[[Files], 
     system.check_workers_know_no_database()
 
 
-def in_the_middle(system: System, files: Files, site: str) -> None:
-    """Until the site's worker writes: a temporary is there, or the first files have arrived. They must not be all."""
-    until(f"files are on their way to {site}", lambda: system.writing(site) or system.arrived(site, files), pause=0.001)
-    assert system.arrived(site, files) < len(files.sizes), f"all files were at {site} before anything could be broken"
+def in_the_middle(system: System, files: Files, strikes: Mapping[str, Callable[[], None]]) -> None:
+    """At each site its strike, as soon as the site's worker writes; the sites begin in any order.
+
+    The worker writes when a temporary is there, or the first files have arrived. They must not be all.
+    """
+    waiting = dict(strikes)
+
+    def struck() -> bool:
+        for site, strike in list(waiting.items()):
+            if system.writing(site) or system.arrived(site, files):
+                assert system.arrived(site, files) < len(files.sizes), f"all files were at {site} before the damage"
+                strike()
+                del waiting[site]
+        return not waiting
+
+    until("files are on their way", struck, pause=0.001)
 
 
 def kill_and_freeze_workers(system: System, files: Files) -> None:
     """HZDR's worker is killed -9 and replaced. GSI's stops for longer than its lease while another takes over, and then
     goes on as if nothing had happened: a zombie with the orders of an older epoch."""
-    in_the_middle(system, files, "HZDR")
-    system.workers["HZDR"].kill()
-    zombie = freeze(system, files)
-    system.workers["HZDR"] = system.new_worker("HZDR")
-    system.workers["GSI"] = system.new_worker("GSI")
+    zombie = system.workers["GSI"]
+    in_the_middle(system, files, {"HZDR": system.workers["HZDR"].kill, "GSI": zombie.freeze})
+    for site in TARGETS:
+        system.workers[site] = system.new_worker(site)
     time.sleep(LEASE_SECONDS + 1.0)
     zombie.resume()
 
 
-def freeze(system: System, files: Files) -> Process:
-    zombie = system.workers["GSI"]
-    in_the_middle(system, files, "GSI")
-    zombie.freeze()
-    return zombie
-
-
 def lose_redis(system: System, files: Files) -> None:
-    in_the_middle(system, files, "HZDR")
-    system.lose_redis()
+    in_the_middle(system, files, {"HZDR": system.lose_redis})
 
 
 def restart_postgresql(system: System, files: Files) -> None:
-    in_the_middle(system, files, "HZDR")
-    system.restart_postgresql()
+    in_the_middle(system, files, {"HZDR": system.restart_postgresql})
 
 
 def kill_api(system: System, files: Files) -> None:
-    in_the_middle(system, files, "HZDR")
-    system.restart_api()
+    in_the_middle(system, files, {"HZDR": system.restart_api})

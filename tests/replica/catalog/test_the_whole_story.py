@@ -14,7 +14,7 @@ from tests.conftest import HandClock
 from tests.replica.catalog.world import KB, World, done, failed
 
 #: More, by hand: `TEST_STORIES=200 pytest tests/replica/catalog/test_the_whole_story.py`.
-STORIES = int(os.environ.get("TEST_STORIES", "3"))
+STORIES = int(os.environ.get("TEST_STORIES", "4"))
 STEPS = int(os.environ.get("TEST_STEPS", "40"))
 POLICY = RetryPolicy(attempts_max=3, base_seconds=30, cap_seconds=600)
 

@@ -132,12 +132,13 @@ async def test_the_bytes_arrive_and_are_told(places, size):
     assert not target.parts()
 
 
-@pytest.mark.parametrize("size", [MIB, MIB + 1, 2 * MIB, 7 * MIB + 3])
-async def test_a_file_of_several_windows_is_proven_while_it_is_written(folders, monkeypatch, size):
+@pytest.mark.parametrize("read_back", ["auto", "device", "cache"])
+@pytest.mark.parametrize("size", [5, MIB, MIB + 1, 2 * MIB, 7 * MIB + 3])
+async def test_a_file_of_several_windows_is_proven_while_it_is_written(folders, monkeypatch, size, read_back):
     monkeypatch.setattr(copying, "WINDOW_BYTES", MIB)
     content = pattern(size)
     folders[0].behind.put("a/f", content)
-    copied = await run(folders, expected_of(content))
+    copied = await run(folders, expected_of(content), read_back=read_back)
     assert folders[1].behind.get("b/g") == content
     assert copied.checksums == expected_of(content).checksums
 
@@ -213,6 +214,36 @@ def test_nothing_is_told_before_it_is_durable(folders, monkeypatch):
     told = [word for word, before in zip(story, ["", *story], strict=False) if word != before]
     # Between rename and the end: the new folder 'b' in its parent was made durable inside `rename` already.
     assert told == ["fsync file", "forget", "read", "rename", "fsync folder"]
+
+
+def recorded_fsyncs(monkeypatch, root):
+    """Which files and folders beneath `root` were fsynced, in order."""
+    really, story = os.fsync, []
+
+    def fsync(descriptor):
+        story.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), root))
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return story
+
+
+def test_new_folders_are_durable_before_a_file_is_told_to_be_in_them(folders, monkeypatch):
+    source, target = folders
+    source.behind.put("a/f", b"bytes")
+    target.behind.put("there/x", b"")
+    story = recorded_fsyncs(monkeypatch, target.behind.root)
+    copy_local(source.storage, "a/f", target.storage, "there/new/newer/g", tag="t1")
+    assert story[1:] == ["there", "there/new", "there/new/newer"]
+
+
+def test_what_is_adopted_is_made_durable_for_its_writer_may_have_died(folders, monkeypatch):
+    source, target = folders
+    source.behind.put("a/f", b"bytes")
+    target.behind.put("b/g", b"bytes")
+    story = recorded_fsyncs(monkeypatch, target.behind.root)
+    assert run_local(folders).adopted
+    assert story == ["b/g", "b"]
 
 
 # ── the source is wrong ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -320,14 +351,15 @@ def test_a_sparse_source_larger_than_the_disk_is_no_space_at_once(folders):
 # ── the way, and the target ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("read_back", ["device", "cache"])
 @pytest.mark.parametrize("window", [MIB, 32 * MIB])
-async def test_a_byte_flipped_in_flight_is_never_published(places, monkeypatch, window):
+async def test_a_byte_flipped_in_flight_is_never_published(places, monkeypatch, window, read_back):
     monkeypatch.setattr(copying, "WINDOW_BYTES", window)
     source, target = places
     content = pattern(3 * MIB)
     source.behind.put("a/f", content)
     with faultpoints.handling(faultpoints.from_text("piece=flip@2")), pytest.raises(ChecksumDiffers) as told:
-        await run(places, expected_of(content))
+        await run(places, expected_of(content), read_back=read_back)
     assert (told.value.side, told.value.endpoint) == ("target", "TARGET")
     assert target.behind.get("b/g") is None
     assert not target.parts()
@@ -371,7 +403,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_found_out(folders, m
 
     monkeypatch.setattr(copying, "write_out", lie)
     with pytest.raises(ChecksumDiffers) as told:
-        run_local(folders)
+        run_local(folders, read_back="device")
     assert told.value.side == "target"
     assert target.behind.get("b/g") is None
     assert not target.parts()
@@ -382,7 +414,8 @@ FAILING = [(errno.ENOSPC, NoSpace), (errno.EIO, Transient), (errno.EROFS, Forbid
 
 @pytest.mark.parametrize(("code", "kind"), FAILING)
 @pytest.mark.parametrize("call", ["write", "fsync", "fdatasync", "preadv"])
-def test_a_failing_system_call_on_the_target_blames_the_target(folders, monkeypatch, call, code, kind):
+@pytest.mark.parametrize("read_back", ["device", "cache"])
+def test_a_failing_system_call_on_the_target_blames_the_target(folders, monkeypatch, call, code, kind, read_back):
     monkeypatch.setattr(copying, "WINDOW_BYTES", MIB)
     source, target = folders
     source.behind.put("a/f", pattern(4 * MIB))
@@ -400,7 +433,7 @@ def test_a_failing_system_call_on_the_target_blames_the_target(folders, monkeypa
     if call == "fdatasync":
         monkeypatch.setattr(copying, "write_out", lambda descriptor, begin, end: os.fdatasync(descriptor))
     with pytest.raises(kind) as told:
-        run_local(folders)
+        run_local(folders, read_back=read_back)
     monkeypatch.undo()
     assert (told.value.side, told.value.endpoint) == ("target", "TARGET")
     assert len(failed) == 1, "an fsync that failed once may lie the second time; the temporary is given up"
