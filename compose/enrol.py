@@ -52,9 +52,7 @@ def enrol(client: Client, site: str, directory: str, key: Path, server: str) -> 
     except AlreadyExists:
         say(f"site {site} is known")
     try:
-        endpoint = client.endpoints.add(
-            wire.NewEndpoint(name=f"{site}-DISK", site=site, url=Path(directory).as_uri())
-        )
+        endpoint = client.endpoints.add(wire.NewEndpoint(name=f"{site}-DISK", site=site, url=Path(directory).as_uri()))
         say(f"endpoint {site}-DISK is new: {directory}")
     except AlreadyExists:
         endpoint = client.endpoints.show(f"{site}-DISK")

@@ -84,7 +84,8 @@ def as_text(examination: Examination) -> str:
         if finding.remedy:
             lines.append(f"       → {finding.remedy}")
     wrong = sum(finding.level == "wrong" for finding in examination.findings)
-    lines += ["", "Nothing is wrong." if not wrong else f"{wrong} wrong." if wrong > 1 else "One thing is wrong."]
+    many = "Nothing is" if not wrong else "One thing is" if wrong == 1 else f"{wrong} things are"
+    lines += ["", f"{many} wrong."]
     return "".join(printable(line) + "\n" for line in lines)
 
 
@@ -195,6 +196,8 @@ def _roots(settings: Settings) -> Iterator[Finding]:
 
 
 def _database(url: str) -> Iterator[Finding]:
+    from replica.log import cause_of
+
     try:
         from replica.db import health, schema
         from replica.db.engine import Database
@@ -217,7 +220,10 @@ def _database(url: str) -> Iterator[Finding]:
         for trouble in health.forgetful(database):
             yield Finding("wrong", "database", f"the database may forget: {trouble}", "switch it on and restart it")
     except ReplicaError as error:
-        yield _wrong("database", error)
+        if cause := cause_of(error):
+            yield Finding("wrong", "database", f"{error.message}: {cause}", "start it, or correct database_url")
+        else:
+            yield _wrong("database", error)
     finally:
         database.close()
 

@@ -111,6 +111,13 @@ def redact(value: Any) -> Any:
     return redact(str(value))
 
 
+def cause_of(error: BaseException) -> str:
+    """What a driver said in its own words, without secrets: for operators, never for an answer. Empty if none did."""
+    said = getattr(error.__cause__, "orig", None)
+    lines = str(said or "").strip().splitlines()
+    return str(redact(lines[0])) if lines else ""
+
+
 class Sparing:
     """Lets an event through at most once in `seconds`, and says how many were left out: for what fails in a loop."""
 

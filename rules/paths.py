@@ -24,6 +24,8 @@ from rules.errors import Invalid
 from rules.names import Did, shown
 
 DEFAULT_LAYOUT = "identity"
+#: Scopes whose dots Rucio makes slashes. It asks no dot after these words: `users.x` is one of them.
+_SLASHED = ("user", "group")
 
 
 def path_for(did: Did, layout: str) -> str:
@@ -40,6 +42,26 @@ def path_for(did: Did, layout: str) -> str:
     return path
 
 
+def is_injective(did: Did, layout: str) -> bool:
+    """Whether no other name can have the path of this one."""
+    return layout == "identity" or not did.scope.startswith(_SLASHED)
+
+
+def owners(path: str, layout: str) -> list[Did]:
+    """Whose path this is: of at most one Did, except in scopes of users and groups in the layout `hash`."""
+    parts = path.split("/")
+    between, ends = (0, 2) if layout == "identity" else (2, len(parts) - 2)
+    found = []
+    for end in range(1, ends):
+        try:
+            owner = Did.of(".".join(parts[:end]), "/".join(parts[end + between :]))
+        except Invalid:
+            continue
+        if path_for(owner, layout) == path:
+            found.append(owner)
+    return found
+
+
 def _identity(did: Did) -> str:
     return f"{did.scope}/{did.name}"
 
@@ -47,7 +69,7 @@ def _identity(did: Did) -> str:
 def _hash(did: Did) -> str:
     digest = hashlib.md5(str(did).encode(errors="replace"), usedforsecurity=False).hexdigest()
     scope = did.scope
-    if scope.startswith(("user", "group")):  # Rucio asks no dot after it: `users.x` is one of them
+    if scope.startswith(_SLASHED):
         scope = scope.replace(".", "/")
     return f"{scope}/{digest[0:2]}/{digest[2:4]}/{did.name}"
 

@@ -1,9 +1,9 @@
 """Numbers as people read them.
 
-Given     a count of bytes.
-Returns   a short text in decimal units, as storages and networks are sold: `3.1 TB`.
+Given     a count of bytes, or of things.
+Returns   a short text in decimal units, as storages and networks are sold: `3.1 TB`; `1 file`, `2 files`.
 Promises  three digits at most before the point, one after it; below 1 kB the exact number.
-Partner   every message of this package that speaks of space.
+Partner   every message that speaks of space or of how many.
 """
 
 from __future__ import annotations
@@ -21,3 +21,8 @@ def human_bytes(count: int) -> str:
         if abs(value) < 999.95:
             return f"{value:.1f} {unit}"
     return f"{value:.1f} {_UNITS[-1]}"
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 file`, `2 files`: for things whose plural takes an s."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

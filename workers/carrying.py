@@ -199,7 +199,7 @@ class Carrier:
         try:
             held.control.phase = "verifying"
             target = await self._opened(order.target_url, order.target_endpoint, "target")
-            adopted = await adopt(target, order.target_path, held.expected, held.control)
+            adopted = await adopt(target, order.target_path, held.expected, held.control, held.before_publish)
             if adopted is None:
                 raise SourceMissing(
                     f"{order.did} is not at {order.target_endpoint} with the size and checksums registered, "

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from replica.log import Logger, Sparing, get_logger
+from replica.log import Logger, Sparing, cause_of, get_logger
 from rules.errors import Conflict, ReplicaError, Unavailable
 
 #: What a loop waits at most between two failing rounds.
@@ -138,7 +138,8 @@ class Looper(threading.Thread):
             self.failures += 1
             left_out = self._sparing.due()
             if left_out is not None:
-                self._log.warning("pass.waits", reason=error.message, hint=error.hint, left_out=left_out)
+                said = {"reason": error.message, "cause": cause_of(error), "hint": error.hint}
+                self._log.warning("pass.waits", **{k: v for k, v in said.items() if v}, left_out=left_out)
             return False
         except Exception as error:  # noqa: BLE001  the top of a pass: the story is kept and the loop goes on
             self.failures += 1

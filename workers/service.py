@@ -220,7 +220,7 @@ def _check_site(settings: Settings, site: str, server: str) -> None:
                 "token.for_another_site",
                 site=site,
                 token_site=known.site,
-                hint=f"the hints come for {site}, the orders for {known.site}: `replica site key {site}` prints the "
-                "token that belongs here",
+                hint=f"the hints come for {site}, the orders for {known.site or 'no site'}: "
+                f"`replica site key {site}` prints the token that belongs here",
             )
         return

@@ -47,6 +47,8 @@ NOUNS: tuple[Routes, ...] = (
 #: How long a stop waits for the requests that have begun.
 STOP_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 75.0
+#: A longer one gets no problem document but a bare 400: far above the longest name, to say what is wrong with it.
+REQUEST_LINE_MAX = 256 * 1024
 #: How long the rest of a refused body is read and thrown away, so that its sender gets to hear the refusal.
 LINGERING_SECONDS = 3.0
 
@@ -90,6 +92,7 @@ async def start(app: web.Application, host: str, port: int) -> tuple[web.AppRunn
         keepalive_timeout=KEEP_ALIVE_SECONDS,
         shutdown_timeout=STOP_SECONDS,
         lingering_time=LINGERING_SECONDS,
+        max_line_size=REQUEST_LINE_MAX,
     )
     await runner.setup()
     try:

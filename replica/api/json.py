@@ -23,6 +23,7 @@ DEPTH_MAX = 32
 _DETAIL_MAX = 400
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _PATH = re.compile(r" - at `\$\.?(?P<path>.*)`\Z")
+_LENGTH = re.compile(r"`str` of length <= (?P<most>\d+)")
 _NAMED = re.compile(r"field `(?P<name>[^`]+)`")
 
 
@@ -54,7 +55,10 @@ def invalid(error: msgspec.ValidationError) -> Invalid:
     at = f"{path[:200]}: " if path else ""
     if named := _NAMED.search(text):
         path = f"{path}.{named['name']}" if path else named["name"]
-    return Invalid(f"{at}{text[0].lower()}{text[1:_DETAIL_MAX]}", field=path[:200])
+    if longest := _LENGTH.search(text):
+        return Invalid(f"{at}more than {longest['most']} characters", hint="shorten it", field=path[:200])
+    hint = "/api/v1/openapi.json lists the fields, their types and limits"
+    return Invalid(f"{at}{text[0].lower()}{text[1:_DETAIL_MAX]}", hint=hint, field=path[:200])
 
 
 def _check_shape(body: bytes) -> None:

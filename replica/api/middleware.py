@@ -24,7 +24,7 @@ from replica.api.routing import STARTED, Context, Facts, HttpRefusal, Route
 from replica.api.work import Work
 from replica.auth.bearer import RecentActors, token_of
 from replica.catalog import accounts
-from replica.log import get_logger
+from replica.log import cause_of, get_logger
 from rules.errors import Broken, Invalid, NotAllowed, NotFound, ReplicaError
 from rules.permissions import Actor, Denied, may
 
@@ -118,7 +118,13 @@ def _of_failure(request: web.Request, error: Exception, request_id: str) -> web.
     elif not isinstance(error, ReplicaError) or isinstance(error, Broken):
         log.exception("request.broke", method=request.method, path=request.rel_url.raw_path[:200])
     elif errors.status_of(error) >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.warning("request.failed", method=request.method, path=request.rel_url.raw_path[:200], error=error.message)
+        log.warning(
+            "request.failed",
+            method=request.method,
+            path=request.rel_url.raw_path[:200],
+            error=error.message,
+            cause=cause_of(error),
+        )
     if started is not None:
         # The head is sent; the cut connection and the missing trailer have to tell.
         if request.transport is not None:

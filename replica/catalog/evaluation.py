@@ -23,12 +23,15 @@ from replica.db.engine import Session
 from replica.db.tables import endpoints, replicas, rules
 from replica.db.tables import locks as locks_table
 from replica.db.tables import reasons as reasons_table
+from replica.log import get_logger
 from rules.endpoints import Endpoint
 from rules.errors import Conflict, InvalidExpression, Refused, ReplicaError
 from rules.states import ReplicaState, RuleState
 
 #: When copies that another rule wants as well could not be tried again, because somebody was changing that rule.
 POSTPONE_SECONDS = 5
+#: What PostgreSQL calls a statement that ran into its time limit. Tried at once again, the rule would always be first.
+_TOOK_TOO_LONG = "57014"
 
 _NOT_EVALUATED = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED, RuleState.SUSPENDED)
 
@@ -50,8 +53,11 @@ def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
     except Conflict:  # somebody is changing a rule that wants the same copies: after them
         _look_again(s, rule, timedelta(seconds=POSTPONE_SECONDS))
         return 1
-    except OperationalError:
-        raise  # the database itself: nothing can be noted there now
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != _TOOK_TOO_LONG:
+            raise  # the database itself: nothing can be noted there now
+        _note_failure(s, rule, error)
+        return 1
     except (ReplicaError, DBAPIError) as error:
         _note_failure(s, rule, error)
         return 1
@@ -66,6 +72,8 @@ def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
     applied = provision.apply_locks(s, rule.id, limit_files)
     if not placing_on and not applied:
         reasons.replace(s, rule.id, [])
+        if not lost and not postponed:
+            _recount(s, rule)
     touched = {rule.id}
     if lost:
         touched.update(provision.provide_again(s, provision.wanted_by(s, rule.id, lost)))
@@ -132,7 +140,7 @@ def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[i
         .outerjoin(replicas, of_pair(held))
         .where(
             sa.or_(replicas.c.state.is_(None), Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE))),
-            ~provision.is_live(held.c.file_id, held.c.endpoint_id),
+            sa.not_(provision.is_live(held.c.file_id, held.c.endpoint_id)),
         )
         .distinct()
         .order_by(held.c.file_id, held.c.endpoint_id)
@@ -149,6 +157,53 @@ def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[i
     theirs = s.execute(sa.select(cover.c.file_id, cover.c.endpoint_id).where(cover.c.rule_id.in_(sorted(busy))))
     taken = {(row.file_id, row.endpoint_id) for row in theirs}
     return [pair for pair in pairs if pair not in taken], True
+
+
+def _recount(s: Session, rule: sa.Row[Any]) -> None:
+    """Count anew what the open locks of this rule hold: nothing is missing that nobody brings, so whatever keeps them
+    open is on its way, or was counted wrongly. The caller holds the rule, without which no counter moves."""
+    open_ = (
+        sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id)
+        .where(
+            locks_table.c.rule_id == rule.id,
+            locks_table.c.files_available < locks_table.c.files_total,
+            locks_table.c.applied_to.is_(None),
+        )
+        .subquery("still_open")
+    )
+    held = files_of(open_)
+    is_there = Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE))
+    is_vain = sa.and_(
+        replicas.c.state.is_not(None), sa.not_(is_there), provision.is_stuck(held.c.file_id, held.c.endpoint_id)
+    )
+    counted = (
+        sa.select(
+            held.c.unit_id,
+            held.c.endpoint_id,
+            sa.func.count().label("files_total"),
+            sa.func.sum(sa.case((is_there, 1), else_=0)).label("files_available"),
+            sa.func.sum(sa.case((is_vain, 1), else_=0)).label("files_stuck"),
+            sa.func.sum(held.c.size_bytes).label("bytes_total"),
+        )
+        .select_from(held)
+        .outerjoin(replicas, of_pair(held))
+        .group_by(held.c.unit_id, held.c.endpoint_id)
+        .subquery("counted")
+    )
+    counters = ("files_total", "files_available", "files_stuck", "bytes_total")
+    wrong = s.execute(
+        locks_table.update()
+        .where(
+            locks_table.c.rule_id == rule.id,
+            locks_table.c.unit_id == counted.c.unit_id,
+            locks_table.c.endpoint_id == counted.c.endpoint_id,
+            sa.or_(*(locks_table.c[name] != counted.c[name] for name in counters)),
+        )
+        .values({name: counted.c[name] for name in counters})
+        .returning(locks_table.c.unit_id, locks_table.c.endpoint_id)
+    ).all()
+    if wrong:  # an invariant failed: mended, but not in silence
+        get_logger().error("locks.recounted", rule=rule.id, locks=[tuple(row) for row in wrong[:20]], count=len(wrong))
 
 
 def _note_failure(s: Session, rule: sa.Row[Any], error: Exception) -> None:

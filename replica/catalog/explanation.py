@@ -21,7 +21,7 @@ from replica.catalog.membership import files_of
 from replica.db.engine import Session
 from replica.db.tables import endpoints, locks, rules, transfers
 from rules.errors import NotFound
-from rules.quantities import human_bytes
+from rules.quantities import counted, human_bytes
 from rules.states import TRANSFER_LEASED, RuleState, TransferState
 
 #: How many locks are listed one by one.
@@ -30,6 +30,13 @@ LOCKS_MAX = 1_000
 _WAITS_FOR = {
     "no_source": "no endpoint that may be read holds a good copy; register one, or allow its endpoint as a source",
     "writing_off": "writing is off at the target; switch it on again",
+}
+
+#: For what is tried again by itself and in vain until somebody does something.
+_HELPS = {
+    "no_space": "free space there, or move data elsewhere",
+    "unreachable": "mount its disk; a new folder is made ready by `replica endpoint prepare`",
+    "forbidden": "give the worker's user the right to do this there",
 }
 
 
@@ -114,10 +121,10 @@ def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[s
     if row.state is RuleState.EXPIRED:
         yield f"The rule ended at {_when(rule.updated_at)} and protects nothing any more."
         return
-    of_files = f"{rule.files_total} file" + ("" if rule.files_total == 1 else "s")
+    have = "has" if rule.files_available == 1 else "have"
     yield (
-        f"The DID has {of_files} with {human_bytes(rule.bytes_total)}; "
-        f"{rule.files_available} of them have every copy that is wanted."
+        f"The DID has {counted(rule.files_total, 'file')} with {human_bytes(rule.bytes_total)}; "
+        f"{rule.files_available} of {rule.files_total} {have} every copy that is wanted."
     )
     if row.state is RuleState.OK:
         yield "Every copy is there and was verified: the rule is satisfied."
@@ -129,12 +136,16 @@ def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[s
     if row.copies_missing:
         # The unit is a dataset or, for grouping none, a file.
         what = {"none": "file", "all": "dataset", "dataset": "dataset"}[rule.grouping]
-        yield f"{row.copies_missing} copies of a {what} have no place yet; nothing of them was begun."
+        copies, have = ("1 copy", "has") if row.copies_missing == 1 else (f"{row.copies_missing} copies", "have")
+        yield f"{copies} of a {what} {have} no place yet; nothing of that was begun."
     if rule.locks_stuck:
-        yield f"{rule.locks_stuck} copies of files failed or were cancelled, and wait for the next try."
+        if rule.locks_stuck == 1:
+            yield "1 copy of a file failed or was cancelled, and waits for the next try."
+        else:
+            yield f"{rule.locks_stuck} copies of files failed or were cancelled, and wait for the next try."
     for reason in rule.reasons:
         hint = f" What helps: {reason.hint[:1].lower()}{reason.hint[1:]}." if reason.hint else ""
-        count = f"{reason.files} file" + ("" if reason.files == 1 else "s")
+        count = counted(reason.files, "file")
         yield f"{reason.message} ({count}, first seen {_when(reason.first_seen_at)}).{hint}".replace("..", ".")
     if row.state is RuleState.STUCK and row.evaluate_at is not None:
         yield f"It is tried again by itself at {_when(row.evaluate_at)}."
@@ -144,20 +155,27 @@ def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[s
 
 def _moving_sentences(s: Session, moving: Sequence[sa.Row[Any]]) -> Iterator[str]:
     for row in moving:
-        count = f"{row.files} file" + ("" if row.files == 1 else "s")
+        count = counted(row.files, "file")
+        one = row.files == 1
+        wait = "waits" if one else "wait"
         size = human_bytes(int(row.bytes))
         if row.state in TRANSFER_LEASED:
             done = f", {human_bytes(int(row.done))} of it done" if row.done else ""
-            verb = {TransferState.CLAIMED: "were handed to a worker", TransferState.MOVING: "are on their way"}
-            yield f"{count} ({size}{done}) {verb.get(row.state, 'are being verified')} for {row.target}."
+            does = {
+                TransferState.CLAIMED: "was handed to a worker" if one else "were handed to a worker",
+                TransferState.MOVING: "is on its way" if one else "are on their way",
+            }.get(row.state, "is being verified" if one else "are being verified")
+            yield f"{count} ({size}{done}) {does} for {row.target}."
         elif row.reason_code is None:
-            yield f"{count} ({size}) wait for a worker of {row.target}."
+            yield f"{count} ({size}) {wait} for a worker of {row.target}."
         else:
             why = _WAITS_FOR.get(row.reason_code) or row.reason or row.reason_code
+            help_ = _HELPS.get(row.reason_code)
+            helps = f" What helps: {help_}." if help_ else ""
             again = ""
             if row.not_before is not None and row.not_before > s.now:
                 again = f" The next try is at {_when(row.not_before)}."
-            yield f"{count} ({size}) wait to go to {row.target}: {why}.{again}".replace("..", ".")
+            yield f"{count} ({size}) {wait} to go to {row.target}: {why}.{helps}{again}".replace("..", ".")
 
 
 def _when(moment: datetime) -> str:

@@ -20,8 +20,10 @@ import sqlalchemy as sa
 from replica.catalog import guards, placing, provision, reasons
 from replica.catalog.bulk import ids_of, rows_of
 from replica.catalog.membership import (
+    Unguessed,
     ancestors,
     any_of,
+    by_index,
     closure,
     closure_of,
     covering,
@@ -360,7 +362,7 @@ def replicas_became_available(s: Session, pairs: sa.FromClause) -> None:
     guards.change_rules_that_came(s, pairs)
     concerned = count_available(s, pairs, 1)
     this = sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id))
-    needless = sa.and_(this, any_of(transfers.c.state, LIVE))
+    needless = sa.and_(this, Unguessed(any_of(transfers.c.state, LIVE)))
     guards.change_transfers(s, needless)
     # Not DONE: no worker of ours finished them.
     cancel = {"state": TransferState.CANCELLED, "finished_at": s.now, "lease_until": None, "not_before": None}
@@ -413,8 +415,8 @@ def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
         transfers.update()
         .where(
             transfers.c.file_id.in_(sa.select(pairs.c.file_id)),
-            transfers.c.state == literal(TransferState.QUEUED),
-            transfers.c.reason_code == "no_source",
+            Unguessed(transfers.c.state == literal(TransferState.QUEUED)),
+            Unguessed(transfers.c.reason_code == "no_source"),
         )
         .values(not_before=None, reason_code=None, reason=None)
         .returning(transfers.c.site_id)
@@ -431,18 +433,19 @@ def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None) 
     Copies that had not come yet, and for which no worker holds a lease, vanish and give back their space. The caller
     holds the rules and the endpoints of the pairs.
     """
-    open_ = _unfinished(s, pairs, ignoring_rule)
-    if open_:
-        _stop(s, open_)
-    s.execute(
-        replicas.update()
-        .where(
-            of_pair(pairs),
-            replicas.c.tombstone_at.is_(None),
-            ~is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule),
+    with by_index(s):
+        unfinished = _unfinished(s, pairs, ignoring_rule)
+        if unfinished:
+            _stop(s, unfinished)
+        s.execute(
+            replicas.update()
+            .where(
+                of_pair(pairs),
+                Unguessed(replicas.c.tombstone_at.is_(None)),
+                sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule)),
+            )
+            .values(tombstone_at=s.now)
         )
-        .values(tombstone_at=s.now)
-    )
 
 
 def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> Sequence[sa.Row[Any]]:
@@ -463,10 +466,10 @@ def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> 
         .join(replicas, of_pair(pairs))
         .join(files, files.c.did_id == replicas.c.file_id)
         .where(
-            replicas.c.state != literal(ReplicaState.AVAILABLE),
+            Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)),
             # Somebody said that the bytes are there: verifying them goes on, whoever wanted them as well.
-            replicas.c.evidence.is_distinct_from(Evidence.DECLARED),
-            ~is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule),
+            Unguessed(replicas.c.evidence.is_distinct_from(Evidence.DECLARED)),
+            sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule)),
         )
         .distinct()
     ).all()
@@ -475,7 +478,9 @@ def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> 
 def _stop(s: Session, unfinished: Sequence[sa.Row[Any]]) -> None:
     batch = rows_of(s, "unfinished", PAIR, [(row.file_id, row.endpoint_id) for row in unfinished])
     wanted = sa.select(batch.c.file_id, batch.c.endpoint_id)
-    live = sa.and_(sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(wanted), any_of(transfers.c.state, LIVE))
+    live = sa.and_(
+        sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(wanted), Unguessed(any_of(transfers.c.state, LIVE))
+    )
     guards.change_transfers(s, live)
     s.execute(
         transfers.update()

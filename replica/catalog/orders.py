@@ -21,7 +21,7 @@ from replica import wire
 from replica.catalog import endpoints as endpoints_
 from replica.catalog import sites
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import any_of, literal
+from replica.catalog.membership import Unguessed, any_of, literal
 from replica.db.engine import Session
 from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
 from rules import expressions
@@ -29,7 +29,7 @@ from rules.checksums import DIGITS
 from rules.endpoints import Endpoint, Link
 from rules.errors import ReplicaError
 from rules.names import Did
-from rules.paths import path_for
+from rules.paths import is_injective, owners, path_for
 from rules.sources import Source, rank, why_none
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 
@@ -55,6 +55,8 @@ class _World:
     failures: dict[tuple[int, int], sa.Row[Any]] = field(default_factory=dict)
     #: rule → endpoints that it allows as sources
     allowed: dict[int, frozenset[int]] = field(default_factory=dict)
+    #: transfer → the other file that lies where it would go
+    taken: dict[int, Did] = field(default_factory=dict)
 
 
 def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
@@ -64,15 +66,15 @@ def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) 
     orders: list[wire.Order] = []
     if rows:
         world = _look(s, rows)
-        sourceless: list[tuple[int, str]] = []
+        impossible: list[tuple[int, str, str]] = []
         for row in rows:
             order = _order(row, world)
             if isinstance(order, str):
-                sourceless.append((row.id, order))
+                impossible.append((row.id, "path_taken" if row.id in world.taken else "no_source", order))
             else:
                 orders.append(order)
         _lease(s, [order.transfer for order in orders], claim.worker, lease_seconds)
-        _put_back(s, sourceless)
+        _put_back(s, impossible)
     sites.seen(s, site_id)
     return wire.Orders(orders=orders, lease_seconds=lease_seconds, more=more)
 
@@ -96,7 +98,7 @@ def heartbeat(s: Session, site_id: int, beat: wire.Heartbeat, *, lease_seconds: 
         held = (
             sa.select(transfers.c.id, batch.c.bytes_done, batch.c.phase)
             .join(batch, sa.and_(batch.c.id == transfers.c.id, batch.c.epoch == transfers.c.epoch))
-            .where(transfers.c.site_id == site_id, any_of(transfers.c.state, TRANSFER_LEASED))
+            .where(Unguessed(transfers.c.site_id == site_id), Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
             .order_by(transfers.c.id)
         )
         mine = (held.with_for_update(of=transfers, key_share=True) if s.postgresql else held).subquery("mine")
@@ -239,7 +241,53 @@ def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
         except ReplicaError:
             chosen = ()  # it selects nothing any more: then nothing is allowed
         world.allowed[rule.id] = frozenset(e.id for e in chosen)
+    world.taken = _taken(s, rows, world)
     return world
+
+
+def _taken(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> dict[int, Did]:
+    """Transfers whose path at the target is another file's: its worker would take that for wrong bytes of its own and
+    move it away. Registration refuses such a path, but did not know then what rules would bring there."""
+    key: Columns = {name: sa.BigInteger() for name in ("id", "file_id", "endpoint_id")}
+    where: list[tuple[int, int, int, str]] = []
+    named: list[tuple[int, int, int, str, str]] = []
+    for row in rows:
+        replica = world.replicas.get(row.file_id, {}).get(row.target_id)
+        if replica is None:
+            continue
+        did = Did(replica.scope, replica.name)
+        path = _path(did, replica, world)
+        where.append((row.id, row.file_id, row.target_id, path))
+        layout = world.place[row.target_id].layout
+        if replica.path is not None or not is_injective(did, layout):
+            others = [other for other in owners(path, layout) if other != did]
+            named += [(row.id, row.file_id, row.target_id, other.scope, other.name) for other in others]
+    name = dids.c.name.label("name"), scopes.c.name.label("scope")
+    batch = rows_of(s, "paths_claimed", {**key, "path": sa.String()}, where)
+    taken = (
+        sa.select(batch.c.id, *name)
+        .select_from(batch)
+        .join(replicas, sa.and_(replicas.c.endpoint_id == batch.c.endpoint_id, replicas.c.path == batch.c.path))
+        .join(dids, dids.c.id == replicas.c.file_id)
+        .join(scopes, scopes.c.id == dids.c.scope_id)
+        .where(replicas.c.file_id != batch.c.file_id)
+    )
+    found = {row.id: Did(row.scope, row.name) for row in s.execute(taken)}
+    if named:  # where the layout gives one path to several names, which is rare, whoever was first has it
+        rivals = rows_of(s, "names_claimed", {**key, "scope": sa.String(), "name": sa.String()}, named)
+        shared = (
+            sa.select(rivals.c.id, *name)
+            .select_from(rivals)
+            .join(scopes, scopes.c.name == rivals.c.scope)
+            .join(dids, sa.and_(dids.c.scope_id == scopes.c.id, dids.c.name == rivals.c.name))
+            .join(replicas, sa.and_(replicas.c.file_id == dids.c.id, replicas.c.endpoint_id == rivals.c.endpoint_id))
+            .where(
+                replicas.c.path.is_(None),
+                sa.or_(replicas.c.state == literal(ReplicaState.AVAILABLE), dids.c.id < rivals.c.file_id),
+            )
+        )
+        found |= {row.id: Did(row.scope, row.name) for row in s.execute(shared)}
+    return found
 
 
 def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
@@ -249,6 +297,8 @@ def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
     if at_target is None:
         return "its replica is not in the catalogue"  # cannot be; the next evaluation of its rule makes it
     target = world.endpoint[row.target_id]
+    if (other := world.taken.get(row.id)) is not None:
+        return f"its path at {target.name} is that of {other}"
     allowed = world.allowed.get(row.rule_id)
     known = []
     for endpoint_id, replica in there.items():
@@ -314,14 +364,14 @@ def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) ->
     )
 
 
-def _put_back(s: Session, sourceless: Sequence[tuple[int, str]]) -> None:
-    if not sourceless:
+def _put_back(s: Session, impossible: Sequence[tuple[int, str, str]]) -> None:
+    if not impossible:
         return
     again = s.now + timedelta(seconds=NO_SOURCE_SECONDS)
-    columns: Columns = {"id": sa.BigInteger(), "reason": sa.String(), "not_before": Instant()}
-    batch = rows_of(s, "sourceless", columns, [(id_, reason[:2_000], again) for id_, reason in sourceless])
+    columns: Columns = {"id": sa.BigInteger(), "code": sa.String(), "reason": sa.String(), "not_before": Instant()}
+    batch = rows_of(s, "put_back", columns, [(id_, code, reason[:2_000], again) for id_, code, reason in impossible])
     s.execute(
         transfers.update()
         .where(transfers.c.id == batch.c.id)
-        .values(not_before=batch.c.not_before, reason_code="no_source", reason=batch.c.reason)
+        .values(not_before=batch.c.not_before, reason_code=batch.c.code, reason=batch.c.reason)
     )

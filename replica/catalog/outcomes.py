@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import guards, locks, provision, reasons
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import any_of, covering, literal, of_pair
+from replica.catalog.membership import Unguessed, any_of, covering, literal, of_pair
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
@@ -55,8 +55,9 @@ _NEEDED = tuple(
     )
 )
 
-#: What the blame of an error says about the replica that was read.
-_BLAMES = {SourceMissing.code: ReplicaState.UNAVAILABLE, ChecksumDiffers.code: ReplicaState.BAD}
+#: Errors that blame the replica that was read. Another site's word makes it UNAVAILABLE and no worse: BAD is for who
+#: reads it where it lies, and its own site's worker is sent to do that.
+_BLAMES = frozenset({SourceMissing.code, ChecksumDiffers.code})
 
 
 @dataclass(slots=True)
@@ -103,7 +104,7 @@ def report(
     current = (
         sa.select(*_NEEDED)
         .join(wanted, sa.and_(wanted.c.id == transfers.c.id, wanted.c.epoch == transfers.c.epoch))
-        .where(transfers.c.site_id == site_id, any_of(transfers.c.state, TRANSFER_LEASED))
+        .where(Unguessed(transfers.c.site_id == site_id), Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
         .order_by(transfers.c.id)
     )
     sources = _endpoint_ids(s, {o.source_endpoint for o in report.outcomes if o.source_endpoint})
@@ -326,7 +327,7 @@ def _other_sources(s: Session, failed: Sequence[_Ending]) -> dict[int, int]:
         .join(replicas, replicas.c.file_id == batch.c.file_id)
         .join(endpoints, endpoints.c.id == replicas.c.endpoint_id)
         .where(
-            replicas.c.state == literal(ReplicaState.AVAILABLE),
+            Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE)),
             endpoints.c.readable,
             replicas.c.endpoint_id != batch.c.endpoint_id,
             replicas.c.endpoint_id.is_distinct_from(batch.c.source_id),
@@ -347,9 +348,9 @@ def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
     _keep_attempts(s, endings)
     came: sa.FromClause | None = None
     if done:
+        _learn(s, done)  # while it can be seen which replicas were only declared
         came = _make_available(s, done)
         touched.update(locks.count_available(s, came, 1))
-        _learn(s, done)
     _end_transfers(s, endings)
     if came is not None:
         locks.sources_appeared(s, came)
@@ -404,7 +405,7 @@ def _make_available(s: Session, done: list[_Ending]) -> sa.FromClause:
         replicas.update()
         .where(
             of_pair(batch),
-            replicas.c.state != literal(ReplicaState.AVAILABLE),
+            Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)),
         )
         .values(state=ReplicaState.AVAILABLE, evidence=Evidence.COPIED, verified_at=s.now)
         .returning(replicas.c.file_id, replicas.c.endpoint_id)
@@ -413,15 +414,20 @@ def _make_available(s: Session, done: list[_Ending]) -> sa.FromClause:
 
 
 def _learn(s: Session, done: list[_Ending]) -> None:
-    """Checksums that the catalogue did not have: computed from bytes that a known one proved."""
-    news = {ending.file_id: ending.learned for ending in done if ending.learned}
+    """Checksums that the catalogue did not have, from the first proof of a replica that was only declared.
+
+    From nobody else: who copies a file could agree in the checksum that is known and invent another, and every right
+    copy after that would be taken for wrong.
+    """
+    news = {ending.pair: ending.learned for ending in done if ending.learned}
     if not news:
         return
-    columns: Columns = {"did_id": sa.BigInteger(), **{a: sa.LargeBinary() for a in DIGITS}}
-    batch = rows_of(s, "learned", columns, [(f, *(news[f].get(a) for a in DIGITS)) for f in sorted(news)])
+    columns: Columns = {**PAIR, **{a: sa.LargeBinary() for a in DIGITS}}
+    batch = rows_of(s, "learned", columns, [(*pair, *(news[pair].get(a) for a in DIGITS)) for pair in sorted(news)])
+    declared = sa.exists().where(of_pair(batch), replicas.c.evidence == literal(Evidence.DECLARED))
     s.execute(
         files.update()
-        .where(files.c.did_id == batch.c.did_id)
+        .where(files.c.did_id == batch.c.file_id, declared)
         .values({a: sa.func.coalesce(files.c[a], batch.c[a]) for a in DIGITS})
     )
 
@@ -480,7 +486,7 @@ def _note(s: Session, failed: list[_Ending]) -> None:
 def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     """Replicas that two attempts found missing or wrong are no longer taken for good; locked ones are made anew."""
     suspects = {
-        (e.file_id, e.source_id): _BLAMES[e.error]
+        (e.file_id, e.source_id)
         for e in endings
         if e.outcome == "failed" and e.side == "source" and e.error in _BLAMES and e.source_id is not None
     }
@@ -510,8 +516,8 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     guilty = sorted((row.file_id, row.endpoint_id) for row in s.execute(query))
     if not guilty:
         return []
-    pairs = rows_of(s, "guilty", {**PAIR, "state": sa.SmallInteger()}, [(*p, suspects[p].value) for p in guilty])
-    s.execute(replicas.update().where(of_pair(pairs)).values(state=pairs.c.state))
+    pairs = rows_of(s, "guilty", PAIR, guilty)
+    s.execute(replicas.update().where(of_pair(pairs)).values(state=ReplicaState.UNAVAILABLE))
     touched = locks.count_available(s, pairs, -1)
     cover = covering(pairs)
     wanted = (

@@ -218,7 +218,7 @@ def _protect(s: Session, wanted: sa.FromClause) -> None:
     s.execute(
         replicas.update()
         .where(
-            replicas.c.tombstone_at.is_not(None),
+            Unguessed(replicas.c.tombstone_at.is_not(None)),
             of_pair(wanted),
         )
         .values(tombstone_at=None)
@@ -232,8 +232,8 @@ def _raise_priority(s: Session, wanted: sa.FromClause) -> None:
         .where(
             transfers.c.file_id == wanted.c.file_id,
             transfers.c.target_id == wanted.c.endpoint_id,
-            transfers.c.state == literal(TransferState.QUEUED),
-            transfers.c.priority < wanted.c.priority,
+            Unguessed(transfers.c.state == literal(TransferState.QUEUED)),
+            Unguessed(transfers.c.priority < wanted.c.priority),
         )
         .values(priority=wanted.c.priority)
     )
@@ -241,18 +241,17 @@ def _raise_priority(s: Session, wanted: sa.FromClause) -> None:
 
 def is_live(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     live = transfers.alias("live")
-    return sa.exists(
-        sa.select(1).where(live.c.file_id == file_id, live.c.target_id == endpoint_id, any_of(live.c.state, LIVE))
-    )
+    found = sa.select(1).where(live.c.file_id == file_id, live.c.target_id == endpoint_id, any_of(live.c.state, LIVE))
+    return Unguessed(sa.exists(found))
 
 
 def is_stuck(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     """Of a replica that is not available: a transfer ended in vain, and none is under way now."""
     vain = transfers.alias("vain")
-    ended = sa.exists(
-        sa.select(1).where(vain.c.file_id == file_id, vain.c.target_id == endpoint_id, any_of(vain.c.state, IN_VAIN))
+    ended = sa.select(1).where(
+        vain.c.file_id == file_id, vain.c.target_id == endpoint_id, Unguessed(any_of(vain.c.state, IN_VAIN))
     )
-    return sa.and_(ended, ~is_live(file_id, endpoint_id))
+    return sa.and_(Unguessed(sa.exists(ended)), sa.not_(is_live(file_id, endpoint_id)))
 
 
 def _missing(wanted: sa.FromClause) -> sa.Select[Any]:
@@ -272,7 +271,7 @@ def _make_transfers(s: Session, wanted: sa.FromClause, but: sa.FromClause | None
     rows = (
         _missing(wanted)
         .join(endpoints, endpoints.c.id == wanted.c.endpoint_id)
-        .where(~is_live(wanted.c.file_id, wanted.c.endpoint_id))
+        .where(sa.not_(is_live(wanted.c.file_id, wanted.c.endpoint_id)))
         .with_only_columns(
             wanted.c.file_id,
             wanted.c.endpoint_id,

@@ -27,7 +27,7 @@ from replica.storage.base import check_path
 from rules.checksums import DIGITS, Agreement, Checksums
 from rules.errors import AlreadyExists, Invalid, Refused, ReplicaError
 from rules.names import Did, shown
-from rules.paths import path_for
+from rules.paths import is_injective, owners, path_for
 from rules.permissions import Actor
 from rules.states import DidKind, Evidence, ReplicaState, TransferState
 
@@ -337,14 +337,23 @@ def _learn(s: Session, learned: list[_Given]) -> None:
 
 def _refuse_taken_paths(s: Session, given: Sequence[_Given], endpoint: sa.Row[Any]) -> None:
     """AlreadyExists where another file has the path already: deleting one of the two would take the bytes of both."""
-    by_path = {file.path: file.did for file in given if file.path is not None}
-    if not by_path:
+    # Where every path is the layout's, and the layout gives no path twice, there is nothing to look for.
+    odd = any(file.path is not None for file in given) or _has_own_paths(s, endpoint.id)
+    by_path: dict[str, Did] = {}
+    rows: list[tuple[str, str | None, str | None]] = []
+    for file in given:
+        injective = is_injective(file.did, endpoint.layout)
+        if file.path is None and injective and not odd:
+            continue
+        path = file.path or path_for(file.did, endpoint.layout)
+        if by_path.setdefault(path, file.did) != file.did:
+            _refuse_shared(path, by_path[path], file.did, endpoint.name)
+        others = () if file.path is None and injective else owners(path, endpoint.layout)
+        rows.append((path, None, None))
+        rows += [(path, other.scope, other.name) for other in others if other != file.did]
+    if not rows:
         return
     columns: bulk.Columns = {"path": sa.String(), "scope": sa.String(), "name": sa.String()}
-    rows = []
-    for path in by_path:
-        owner = _owner(path, endpoint.layout)
-        rows.append((path, owner and owner.scope, owner and owner.name))
     batch = bulk.rows_of(s, "paths", columns, rows)
     at_endpoint = replicas.c.endpoint_id == endpoint.id
     by_their_path = sa.and_(at_endpoint, replicas.c.path == batch.c.path)
@@ -362,21 +371,20 @@ def _refuse_taken_paths(s: Session, given: Sequence[_Given], endpoint: sa.Row[An
     )
     for path, scope, name in s.execute(sa.union_all(*queries)).all():
         if by_path[path] != Did(scope, name):
-            raise AlreadyExists(
-                f"{shown(path)} at {endpoint.name} is the file {scope}:{name}, it cannot be {by_path[path]} as well",
-                hint="one path holds one file: copy it to another path first, or use the name it has",
-                field="replicas",
-            )
+            _refuse_shared(path, Did(scope, name), by_path[path], endpoint.name)
 
 
-def _owner(path: str, layout: str) -> Did | None:
-    """Whose path this is by the layout of the endpoint."""
-    parts = path.split("/", 1 if layout == "identity" else 3)
-    try:
-        owner = Did.of(parts[0], parts[-1])
-    except Invalid:
-        return None
-    return owner if path_for(owner, layout) == path else None
+def _has_own_paths(s: Session, endpoint_id: int) -> bool:
+    own = sa.select(1).where(replicas.c.endpoint_id == endpoint_id, replicas.c.path.is_not(None))
+    return bool(s.execute(sa.select(sa.exists(own))).scalar_one())
+
+
+def _refuse_shared(path: str, owner: Did, other: Did, endpoint: str) -> NoReturn:
+    raise AlreadyExists(
+        f"{shown(path)} at {endpoint} is the file {owner}, it cannot be {other} as well",
+        hint="one path holds one file: copy it to another path first, or use the name it has",
+        field="replicas",
+    )
 
 
 def _pairs(s: Session, name: str, given: Sequence[_Given], endpoint_id: int) -> sa.FromClause:

@@ -251,6 +251,8 @@ def _attribute_value(text: str) -> str | int | float | bool:
     return text
 
 
+#: Whether it can be read is found out, and said, by who reads it.
+FILE = click.Path(path_type=Path, readable=False)
 SIZE = _Size()
 DURATION = _Duration()
 ATTRIBUTE = _Attribute()

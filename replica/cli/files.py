@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from replica.cli.common import Command, connected, output, pointing
+from replica.cli.common import FILE, Command, connected, output, pointing
 from replica.cli.output import human_size, say
+from rules.quantities import counted
 
 if TYPE_CHECKING:
     from replica.client.upload import Failed
@@ -23,7 +24,7 @@ _SHOWN = 20
 
 
 @click.command(cls=Command)
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH…")
+@click.argument("paths", nargs=-1, required=True, type=FILE, metavar="PATH…")
 @click.option("--scope", required=True, help="The scope of the new DIDs.")
 @click.option("--dataset", help="Put the files into this dataset; it is made if it is not there.")
 @click.option("--endpoint", help="Where to; else the disk on this machine with most space.")
@@ -50,8 +51,8 @@ def upload(paths: tuple[Path, ...], scope: str, dataset: str | None, endpoint: s
     output().lines(
         done,
         [
-            f"{done.files} files, {human_size(done.bytes)}, are registered at {done.endpoint}{into}:"
-            f" {done.copied} copied, {done.adopted} were there already"
+            f"{_files(done.files, done.bytes)} registered at {done.endpoint}{into}:"
+            f" {done.copied} copied, {done.adopted} found there already"
         ],
     )
     return _show_failed(done.failed, done.not_tried)
@@ -77,12 +78,13 @@ def download(dids: tuple[str, ...], directory: Path, from_expression: str | None
         done = downloading.download(client, dids, dir=directory, from_expression=from_expression, tell=tell)
     output().lines(
         done,
-        [
-            f"{done.files} files, {human_size(done.bytes)}, are in {done.dir}:"
-            f" {done.copied} fetched, {done.adopted} were there already"
-        ],
+        [f"{_files(done.files, done.bytes)} in {done.dir}: {done.copied} fetched, {done.adopted} found there already"],
     )
     return _show_failed(done.failed)
+
+
+def _files(count: int, size: int) -> str:
+    return f"{counted(count, 'file')}, {human_size(size)}, {'is' if count == 1 else 'are'}"
 
 
 def _show_failed(failed: Sequence[Failed], not_tried: int = 0) -> int:
@@ -92,9 +94,9 @@ def _show_failed(failed: Sequence[Failed], not_tried: int = 0) -> int:
         for line in rest:
             say(f"  {line}")
     if len(failed) > _SHOWN:
-        say(f"replica: and {len(failed) - _SHOWN} more files failed; -o json lists all of them")
+        say(f"replica: and {counted(len(failed) - _SHOWN, 'more file')} failed; -o json lists all of them")
     if not_tried:
-        say(f"replica: {not_tried} files were not tried")
+        say(f"replica: not tried: {counted(not_tried, 'file')}")
     for hint in dict.fromkeys(f.hint for f in failed[:_SHOWN] if f.hint):
         say(f"hint: {hint}")
     if failed or not_tried:

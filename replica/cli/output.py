@@ -30,6 +30,8 @@ Format = Literal["table", "json", "ndjson"]
 
 #: Rows that are measured and printed together: a long list begins to appear at once and needs little memory.
 _ROWS_AT_ONCE = 1_000
+#: So much of an expression is shown before and after the column that is wrong.
+_AROUND = 60
 
 #: Characters that steer a terminal or hide in a text: controls, bidirectional overrides, line and paragraph separators.
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
@@ -153,13 +155,23 @@ def show_error(error: ReplicaError) -> None:
     if isinstance(error, InvalidExpression) and error.column > 0:
         text = getattr(error, "text", "")
         if text:
-            before = printable(text[: error.column - 1])
-            say(f"  {text}")
+            first = max(0, error.column - 1 - _AROUND)
+            before = ("…" if first else "") + printable(text[first : error.column - 1])
+            last = error.column - 1 + _AROUND
+            say(f"  {before}{printable(text[error.column - 1 : last])}{'…' if len(text) > last else ''}")
             say(f"  {' ' * _width(before)}^")
-    for item in getattr(error, "items", ())[:10]:
-        say(f"  {': '.join(str(v) for v in item.values())}")
+    items = getattr(error, "items", ())
+    for item in items[:10] if len(items) > 1 else ():  # of a single one the message speaks
+        say(f"  {_at_fault(item)}")
     if error.hint:
         say(f"hint: {error.hint}")
+
+
+def _at_fault(item: Mapping[str, object]) -> str:
+    """One item of a bulk call that was refused."""
+    if {"did", "field", "known", "given"} <= item.keys():
+        return f"{item['did']} is known with {item['field']} {item['known']}, not {item['given']}"
+    return ": ".join(map(str, item.values()))
 
 
 def parse_size(text: str) -> int:

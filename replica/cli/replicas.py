@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import click
 
-from replica.cli.common import Command, connected, output
+from replica.cli.common import FILE, Command, connected, output
 from replica.cli.output import Column, size_column
+from rules.quantities import counted
 
 if TYPE_CHECKING:
     from replica import wire
@@ -49,7 +50,7 @@ def locate(did: str) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="FILE…")
+@click.argument("files", nargs=-1, type=FILE, metavar="FILE…")
 @click.option("--endpoint", required=True, help="Where the files are.")
 @click.option("--scope", help="The scope of the new DIDs; their names are the paths beneath the endpoint's folder.")
 @click.option("--dataset", help="Put the files into this dataset; it is made if it is not there.")
@@ -101,9 +102,9 @@ def register(
 
 
 def _summary(total: wire.Registered, endpoint: str) -> Iterator[str]:
-    yield f"{total.files} files are registered at {endpoint}, {total.new} of them new to the catalogue"
+    yield f"{counted(total.files, 'file')} registered at {endpoint}, {total.new} new to the catalogue"
     if total.to_verify:
-        yield f"{total.to_verify} of them count as soon as a worker of the site has read them"
+        yield f"to be verified: {counted(total.to_verify, 'file')}; available when a worker of the site has read it all"
 
 
 def _found(place: wire.Endpoint, files: tuple[Path, ...], scope: str) -> Iterator[wire.NewReplica]:

@@ -113,7 +113,8 @@ def migrate(token_file: Path | None, directory: Path | None) -> int:
         from replica.catalog import accounts
         from replica.db import schema
         from replica.db.engine import Database
-        from rules.errors import Invalid, NotAuthenticated
+        from replica.log import cause_of
+        from rules.errors import Invalid, NotAuthenticated, Unavailable
 
         url = settings(directory).database_url
         if url is None:
@@ -123,7 +124,14 @@ def migrate(token_file: Path | None, directory: Path | None) -> int:
             )
         database = Database(url)
         try:
-            revision = schema.migrate(database)
+            try:
+                revision = schema.migrate(database)
+            except Unavailable as error:
+                if not (cause := cause_of(error)):
+                    raise
+                raise Unavailable(
+                    f"{error.message}: {cause}", hint="start it, or correct REPLICA_DATABASE_URL; nothing was changed"
+                ) from error
             say(f"the database schema is at {revision}")
             if token_file is None:
                 return 0

@@ -39,7 +39,12 @@ class Places:
         if known is None:
             known = self._known[endpoint.name] = _open(endpoint)
         if isinstance(known, str):
-            raise Unreachable(f"{endpoint.name} cannot be reached from this machine: {known}", endpoint=endpoint.name)
+            raise Unreachable(
+                f"{endpoint.name} cannot be reached from this machine: {known}",
+                hint=f"mount its disk, or run this on the machine that has it; a new folder is made ready by "
+                f"`replica endpoint prepare {endpoint.name}`",
+                endpoint=endpoint.name,
+            )
         return known
 
     def reason(self, endpoint: wire.Endpoint) -> str:
@@ -99,12 +104,12 @@ class Folder(PosixStorage):
     tree: _FolderTree
 
     def __init__(self, root: str | Path) -> None:
-        super().__init__(Path(root).absolute(), name=os.fspath(root))
-        self.tree = _FolderTree(os.fspath(root), name=os.fspath(root))
+        super().__init__(Path(root).absolute(), name=f"the folder {os.fspath(root)}")
+        self.tree = _FolderTree(os.fspath(root), name=f"the folder {os.fspath(root)}")
 
 
 class _KeepingTree(Tree):
-    def quarantine(self, path: str) -> str:
+    def quarantine(self, path: str, *, only: str = "") -> str:
         raise self.in_the_way(path)
 
     def in_the_way(self, path: str) -> TargetExists:
@@ -163,32 +168,41 @@ def landing(directory: Path) -> Iterator[Folder]:
     descriptor = -1
     try:
         while descriptor < 0:
-            (directory / PARTS).mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(own / "lock")
+            descriptor = _locked(directory)
     except OSError as error:
         raise Forbidden(f"{directory} cannot be written to: {error.strerror}", hint="choose another --dir") from error
     try:
-        _clear(descriptor, directory)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield Folder(directory)
     finally:
         if _clear(descriptor, directory):
+            # The lock file last: who finds it gone makes all of it anew, who still has it open waits for us and sees.
             with suppress(OSError):
-                (own / "lock").unlink()
                 (directory / PARTS).rmdir()
+                (own / "lock").unlink()
                 own.rmdir()
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
-    """A descriptor that holds the lock shared; -1 if whoever cleared away took the file from under us: try again."""
+def _locked(directory: Path) -> int:
+    """A descriptor that holds the lock shared; -1 if whoever cleared away took the file from under us: try again.
+
+    Going from alone to shared lets go for a moment, so only after that is it certain that the file is still the one.
+    """
+    path = directory / OWN / "lock"
+    try:
+        (directory / PARTS).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError):
+        if not path.parent.parent.is_dir() or (directory / PARTS).is_file():
+            raise  # not for somebody who clears away at this moment
+        return -1
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         return -1
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
     try:
-        if os.path.samestat(os.fstat(descriptor), path.stat()) and (path.parent.parent / PARTS).is_dir():
+        _clear(descriptor, directory)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if _is_still_there(descriptor, directory) and (directory / PARTS).is_dir():
             return descriptor
     except FileNotFoundError:
         pass
@@ -196,11 +210,24 @@ def _locked(path: Path) -> int:
     return -1
 
 
+def _is_still_there(descriptor: int, directory: Path) -> bool:
+    """Whether the lock file is the one that others find."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), (directory / OWN / "lock").stat())
+    except FileNotFoundError:
+        return False
+
+
 def _clear(descriptor: int, directory: Path) -> bool:
-    """Remove unfinished files if nobody else is copying into the folder; whether that was so."""
+    """Remove unfinished files if nobody else is copying into the folder; whether that was so.
+
+    What was locked shared is not locked any more when it was not so. A lock on a file that is gone excludes nobody.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        return False
+    if not _is_still_there(descriptor, directory):
         return False
     for part in (directory / PARTS).iterdir():
         part.unlink()

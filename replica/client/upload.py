@@ -38,6 +38,7 @@ from rules.errors import (
     Refused,
     ReplicaError,
     StorageError,
+    TargetExists,
     Unreachable,
 )
 from rules.names import Did, check_scope, shown
@@ -171,7 +172,7 @@ class _Run:
                 arrived.append((ended.key, ended.result))
                 continue
             assert ended.error is not None
-            self._fail(ended.key, ended.error)
+            self._fail(ended.key, self._seen_rightly(ended.key, ended.error))
             if _is_the_endpoints(ended.error):
                 broken = ended.error
         self._say(0)
@@ -228,6 +229,15 @@ class _Run:
                 continue  # it was there before us, or somebody else has registered it meanwhile: it is not ours
             self._storage.tree.delete(path_for(source.did, self._place.layout))
 
+    def _seen_rightly(self, source: Source, error: ReplicaError) -> ReplicaError:
+        """What is in the way may be the very file of that name: then it is a replica, and must not be moved away."""
+        if not isinstance(error, TargetExists) or not self._is_known_here(source.did):
+            return error
+        return AlreadyExists(
+            f"{source.did} is registered at {self._place.name} with other bytes; the replica was not touched",
+            hint="a name stands for one content for ever: upload other bytes under another name",
+        )
+
     def _is_known_here(self, did: Did) -> bool:
         try:
             return any(r.endpoint == self._place.name for r in self._client.replicas.locate(str(did)))
@@ -265,7 +275,10 @@ def gather(paths: Sequence[str | os.PathLike[str]], scope: str) -> list[Source]:
         try:
             found = path.lstat()
         except OSError as error:
-            raise Invalid(f"{path} cannot be uploaded: {(error.strerror or '').lower()}") from error
+            raise Invalid(
+                f"{_legible(path)} cannot be uploaded: {(error.strerror or '').lower()}; nothing was uploaded",
+                hint="check its name, and that you may read it",
+            ) from error
         if mode_of.S_ISDIR(found.st_mode):
             for name, size in files_in(path, odd):
                 sources.append(Source(_did(scope, name, path / name), path, name, size))
@@ -273,7 +286,7 @@ def gather(paths: Sequence[str | os.PathLike[str]], scope: str) -> list[Source]:
             absolute = path.absolute()
             sources.append(Source(_did(scope, absolute.name, path), path.parent, absolute.name, found.st_size))
         else:
-            odd.append(str(path))
+            odd.append(_legible(path))
     if odd:
         more = f", and {len(odd) - 1} more are not either" if len(odd) > 1 else ""
         raise Refused(
@@ -296,7 +309,9 @@ def files_in(folder: Path, odd: list[str]) -> Iterator[tuple[str, int]]:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise Refused(
-                f"the folder {folder / prefix} cannot be read: {(error.strerror or '').lower()}; nothing was uploaded"
+                f"the folder {_legible(folder / prefix)} cannot be read: {(error.strerror or '').lower()};"
+                " nothing was uploaded",
+                hint="ask its owner for the right to read it, or leave it out",
             ) from error
         folders = []
         for entry in found:
@@ -306,8 +321,13 @@ def files_in(folder: Path, odd: list[str]) -> Iterator[tuple[str, int]]:
             elif entry.is_file(follow_symlinks=False):
                 yield name, entry.stat(follow_symlinks=False).st_size
             else:
-                odd.append(str(folder / name))
+                odd.append(_legible(folder / name))
         below.extend(reversed(folders))
+
+
+def _legible(path: Path) -> str:
+    """The path on one line, its unprintable characters as escapes."""
+    return repr(os.fspath(path))[1:-1]
 
 
 def _did(scope: str, name: str, path: Path) -> Did:
@@ -315,7 +335,7 @@ def _did(scope: str, name: str, path: Path) -> Did:
         return Did.of(scope, unicodedata.normalize("NFC", name))
     except Invalid as error:
         raise Invalid(
-            f"{path} cannot be uploaded: {error.message}; nothing was uploaded",
+            f"{_legible(path)} cannot be uploaded: {error.message}; nothing was uploaded",
             hint=f"rename the file; {error.hint}" if error.hint else "rename the file",
         ) from error
 

@@ -14,7 +14,8 @@ The steps, for every pair of storages (`copy_file` through the contract, `copy_l
     3  the source must not have changed meanwhile, and must be what the catalogue expects
     4  make the temporary durable
     5  prove it independently of what we hold in memory: the target's own digest, or read back
-    6  ask for permission (`before_publish`: does the lease still live?), then rename without replacing
+    6  ask for permission (`before_publish`: does the lease still live?), then rename without replacing; the same
+       question comes before anything is moved to quarantine, and only the very file that was found wrong is moved
     7  make the name durable, and only then return
 
 What reading back proves on a POSIX target depends on `read_back`:
@@ -168,7 +169,7 @@ async def copy_file(
             on_cancel=control.stop,
         )
     began = time.perf_counter()
-    adopted = await _adopt_existing(source, source_path, target, target_path, expected, control)
+    adopted = await _adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
     if adopted is not None:
         return adopted
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
@@ -198,7 +199,7 @@ async def copy_file(
                 try:
                     await target.publish(part, target_path)
                 except TargetExists:
-                    there = await adopt(target, target_path, _exactly(hasher), control)
+                    there = await adopt(target, target_path, _exactly(hasher), control, before_publish)
                     if there is not None:
                         return there
                 else:
@@ -214,11 +215,17 @@ async def copy_file(
             await target.delete(part)
 
 
-async def adopt(target: Storage, target_path: str, expected: Expected, control: Control | None = None) -> Copied | None:
+async def adopt(
+    target: Storage,
+    target_path: str,
+    expected: Expected,
+    control: Control | None = None,
+    permit: Callable[[], None] | None = None,
+) -> Copied | None:
     """Look at what has the name already: these bytes → Copied(adopted); others → quarantine and None; nothing → None.
 
     Idempotent. The bytes are read back, whatever the catalogue believes. Invalid: `expected` has no checksum that can
-    be computed here, so nothing could be proven.
+    be computed here, so nothing could be proven. `permit` is asked before anything is moved away, and may raise.
     """
     control = control or Control()
     if not expected.checksums:
@@ -228,7 +235,7 @@ async def adopt(target: Storage, target_path: str, expected: Expected, control: 
     with blaming("target"):
         if isinstance(target, PosixStorage):
             return await run(
-                partial(_adopt_local, target, target_path, expected, control),
+                partial(_adopt_local, target, target_path, expected, control, permit),
                 executor=_copying,
                 on_cancel=control.stop,
             )
@@ -239,6 +246,9 @@ async def adopt(target: Storage, target_path: str, expected: Expected, control: 
                 size, checksums = await _measure(target, target_path, algorithms, control)
                 if checksums.compare(expected.checksums) is Agreement.AGREE:
                     return Copied(size, checksums, True, time.perf_counter() - began, "read back")
+            control.check()
+            if permit is not None:
+                permit()
             await target.quarantine(target_path)
         except SourceMissing:
             return None  # nothing there, or somebody else took it away
@@ -277,6 +287,7 @@ async def _adopt_existing(
     target_path: str,
     expected: Expected | None,
     control: Control,
+    permit: Callable[[], None] | None,
 ) -> Copied | None:
     control.check()
     with blaming("target"):
@@ -290,7 +301,7 @@ async def _adopt_existing(
         # Nobody knows what the bytes should be, and a size proves nothing: the source must tell.
         with blaming("source"):
             expected = Expected(*await measure(source, source_path, control=control))
-    return await adopt(target, target_path, expected, control)
+    return await adopt(target, target_path, expected, control, permit)
 
 
 async def _hashed(
@@ -485,7 +496,7 @@ class _Attempt:
             with blaming("source"):
                 expected = Expected(*measure_local(order.source, order.source_path, control=self.control))
         with blaming("target"):
-            self.done = _adopt_local(order.target, order.target_path, expected, self.control)
+            self.done = _adopt_local(order.target, order.target_path, expected, self.control, order.before_publish)
 
     def _refuse_same_file(self, there: int) -> None:
         # Two endpoints on one disk, or a bind mount: to quarantine "the wrong target" would take the source away.
@@ -589,7 +600,9 @@ class _Attempt:
                 try:
                     self._folder = order.target.tree.rename(self._part, order.target_path)
                 except TargetExists:
-                    self.done = _adopt_local(order.target, order.target_path, _exactly(self._hasher), self.control)
+                    self.done = _adopt_local(
+                        order.target, order.target_path, _exactly(self._hasher), self.control, order.before_publish
+                    )
                     if self.done is not None:
                         return
                 else:
@@ -761,22 +774,36 @@ def measure_local(
     return hasher.size_bytes, hasher.checksums()
 
 
-def _adopt_local(target: PosixStorage, path: str, expected: Expected, control: Control) -> Copied | None:
+def _adopt_local(
+    target: PosixStorage,
+    path: str,
+    expected: Expected,
+    control: Control,
+    permit: Callable[[], None] | None = None,
+) -> Copied | None:
     began = time.perf_counter()
     algorithms = _needed(expected)
     try:
-        if target.tree.stat(path).size_bytes == expected.size_bytes:
-            control.phase = "verifying"
-            size, checksums = measure_local(target, path, control=control, algorithms=algorithms, fresh=True)
-            if checksums.compare(expected.checksums) is Agreement.AGREE:
-                target.tree.make_durable(path)
-                return Copied(size, checksums, True, time.perf_counter() - began, "read back")
-        target.tree.quarantine(path)
+        for _ in range(_ROUNDS):
+            found = target.tree.stat(path)
+            if found.size_bytes == expected.size_bytes:
+                control.phase = "verifying"
+                size, checksums = measure_local(target, path, control=control, algorithms=algorithms, fresh=True)
+                if checksums.compare(expected.checksums) is Agreement.AGREE:
+                    target.tree.make_durable(path)
+                    return Copied(size, checksums, True, time.perf_counter() - began, "read back")
+            # Whoever lost the lease while he looked must not take away what his successor put there since.
+            control.check()
+            if permit is not None:
+                permit()
+            with suppress(SourceChanged):  # another file by now: that one must be looked at
+                target.tree.quarantine(path, only=found.etag)
+                return None
     except SourceMissing:
         return None  # nothing there, or somebody else took it away
     finally:
         control.phase = "moving"
-    return None
+    raise _in_the_way(target, path)
 
 
 def _still(storage: PosixStorage, path: str, descriptor: int, etag: str) -> None:

@@ -83,7 +83,7 @@ def from_os_error(error: OSError, *, endpoint: str, path: str, side: Side = "unk
 
 def place(endpoint: str, path: str) -> str:
     """How a message names a file at an endpoint."""
-    return f"{ascii(path)[1:-1]} at {endpoint or 'an unnamed storage'}"
+    return f"{repr(path)[1:-1]} at {endpoint or 'an unnamed storage'}"
 
 
 @contextmanager

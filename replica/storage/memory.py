@@ -33,6 +33,7 @@ from replica.storage.faults import place
 from replica.storage.hashing import Hasher
 from rules.checksums import ALWAYS
 from rules.errors import NoSpace, SourceMissing, TargetExists, Unreachable
+from rules.quantities import human_bytes
 
 _PIECE_BYTES = 1 << 20
 _versions = itertools.count(1)
@@ -156,7 +157,7 @@ class MemoryStorage:
         free = _free(store)
         if free is not None and size_bytes > free:
             raise NoSpace(
-                f"endpoint {self.name or self.url} has {free} bytes free, and {size_bytes} are to be written",
+                f"{self.name or self.url} has {human_bytes(free)} free, and {human_bytes(size_bytes)} are to come",
                 hint="free space there, or move data elsewhere",
                 endpoint=self.name,
                 path=path,

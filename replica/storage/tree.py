@@ -37,7 +37,8 @@ from replica.storage.base import (
 )
 from replica.storage.beneath import open_beneath, open_folder, rename_no_replace
 from replica.storage.faults import from_os_error, place, translated
-from rules.errors import Forbidden, NoSpace, Refused, TargetExists, Unreachable
+from rules.errors import Forbidden, NoSpace, Refused, SourceChanged, TargetExists, Unreachable
+from rules.quantities import human_bytes
 
 #: Opening must never block on a FIFO nor give the process a terminal.
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
@@ -49,6 +50,8 @@ class Tree:
         self.name = name
         #: How messages call this endpoint.
         self.label = name or root
+        #: The sentinel that was read last: it says that this is our disk.
+        self._seen: tuple[int, int, int] | None = None
 
     # ── the root ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -68,9 +71,21 @@ class Tree:
                 raise self._unreachable(reason) from error
             if not mode_of.S_ISREG(sentinel.st_mode):
                 raise self._unreachable(f"{self.path}/{SENTINEL} is not a regular file")
+            self._refuse_another(root, sentinel)
             yield root
         finally:
             os.close(root)
+
+    def _refuse_another(self, root: int, sentinel: os.stat_result) -> None:
+        """The disk of another endpoint, mounted here by mistake: its files would be taken for ours."""
+        seen = (sentinel.st_dev, sentinel.st_ino, sentinel.st_mtime_ns)
+        if seen == self._seen or not self.name:
+            return
+        with translated(self.name, SENTINEL), _closing_descriptor(open_folder(root, OWN)) as own:
+            owner = _owner(own)
+        if owner and owner != self.name:
+            raise self._unreachable(f"{self.path} belongs to the endpoint {owner}")
+        self._seen = seen
 
     def _unreachable(self, reason: str) -> Unreachable:
         return Unreachable(
@@ -81,14 +96,14 @@ class Tree:
 
     def prepare(self) -> None:
         # Two endpoints on one disk would count one copy twice, and each would take the other's files for strays.
-        root = Path(self.path).resolve()
-        for above in root.parents:
-            if (above / SENTINEL).exists():
-                raise Refused(
-                    f"{root} lies within another endpoint, {above}",
-                    hint="choose a folder outside of it; endpoints cannot be nested",
-                )
         with translated(self.name, self.path):
+            root = Path(self.path).resolve()
+            for above in root.parents:
+                if (above / SENTINEL).exists():
+                    raise Refused(
+                        f"{root} lies within another endpoint, {above}",
+                        hint="choose a folder outside of it; endpoints cannot be nested",
+                    )
             root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -213,7 +228,7 @@ class Tree:
                 free = found.f_frsize * found.f_bavail
                 if size_bytes > free:
                     raise NoSpace(
-                        f"endpoint {self.label} has {free} bytes free, and {size_bytes} are to be written",
+                        f"{self.label} has {human_bytes(free)} free, and {human_bytes(size_bytes)} are to come",
                         hint="free space there, or move data elsewhere",
                         endpoint=self.name,
                         path=part,
@@ -296,7 +311,9 @@ class Tree:
             finally:
                 os.close(folder)
 
-    def quarantine(self, path: str) -> str:
+    def quarantine(self, path: str, *, only: str = "") -> str:
+        """`only`: the etag of the file that was found wrong. SourceChanged, and nothing is moved, if the path names
+        another one by now: somebody else may have put the right bytes there since, and reported them."""
         check_path(path)
         parent, _, name = path.rpartition("/")
         away = f"{QUARANTINE}/{secrets.token_hex(8)}/{path}"
@@ -310,9 +327,15 @@ class Tree:
                         endpoint=self.name,
                         path=path,
                     )
+                self._only(path, found, only)
                 target = open_folder(root, away.rpartition("/")[0], create=True)
                 try:
                     rename_no_replace(folder, name, target, name)
+                    try:
+                        self._only(path, os.stat(name, dir_fd=target, follow_symlinks=False), only)
+                    except SourceChanged:  # swapped in the moment before: it goes back where it was
+                        rename_no_replace(target, name, folder, name)
+                        raise
                     os.fsync(target)
                     os.fsync(folder)
                 finally:
@@ -320,6 +343,15 @@ class Tree:
             finally:
                 os.close(folder)
         return away
+
+    def _only(self, path: str, found: os.stat_result, only: str) -> None:
+        if only and stat_of(found).etag != only:
+            raise SourceChanged(
+                f"{place(self.name, path)} changed before it could be moved to quarantine",
+                hint="it was left where it is, and is looked at again",
+                endpoint=self.name,
+                path=path,
+            )
 
     def collect_parts(self, older_than_seconds: float) -> int:
         removed = 0

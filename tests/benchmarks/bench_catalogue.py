@@ -33,7 +33,7 @@ import sqlalchemy as sa
 
 from replica import wire
 from replica.catalog import rules
-from replica.db import schema, tables
+from replica.db import schema
 from replica.db.engine import Database
 from tests.replica.catalog.world import World, done
 
@@ -105,12 +105,6 @@ class Bench:
         self.all_at_rest(rule)
         (late,) = world.files(1, "DESY-DISK")
         results["attach_one_file_under_five_rules"] = self.timed(1, lambda: world.attach(dataset, late))
-        with self.db.write() as s:  # the next size begins with empty queues
-            live = tables.transfers.c.state == 1
-            left = s.execute(sa.select(tables.rules.c.id).where(tables.rules.c.state != 6)).scalars().all()
-            for rule_id in left:
-                rules.delete(s, rule_id)
-            assert s.execute(sa.select(sa.func.count()).select_from(tables.transfers).where(live)).scalar_one() == 0
         return results
 
     def evaluate_all(self) -> None:

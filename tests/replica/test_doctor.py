@@ -110,7 +110,9 @@ def test_a_database_without_tables_or_that_is_not_there(empty_postgresql_url: st
     examination = examine(settings(database_url=empty_postgresql_url))
     assert "replica migrate" in remedies(examination)
     gone = examine(settings(database_url="postgresql://replica@127.0.0.1:1/x"))
-    assert "does not answer" in wrong(gone)[0]
+    assert "does not answer: " in wrong(gone)[0]
+    assert "refused" in wrong(gone)[0]
+    assert not any("replica doctor" in remedy for remedy in remedies(gone)), "that is what is being run"
     missing = tmp_path / "none.db"
     assert "no database file" in wrong(examine(settings(database_url=f"sqlite:///{missing}")))[0]
     assert not missing.exists()

@@ -42,6 +42,15 @@ def test_every_legal_name_comes_back_as_it_went(service: Service, scope: str):
         assert {found.did for found in client.dids.list(scope)} == {f"{scope}:{name}" for name in LEGAL}
 
 
+def test_a_name_far_too_long_is_refused_in_words(service: Service, scope: str):
+    """By itself, aiohttp answers a request line above 8 KiB with a bare text."""
+    for path in (at("dids", scope, "x" * 10_000), at("dids", scope, "\U0001f600" * 10_000), at("sites", "x" * 10_000)):
+        raw = service.ask("GET", path)
+        assert raw.status == 400
+        assert raw.json["code"] == "invalid"
+        assert raw.json["hint"]
+
+
 def test_a_name_that_is_not_normalised_is_found_by_either_form(service: Service, scope: str):
     with service.client() as client:
         client.dids.add(wire.NewDid(did=f"{scope}:caf\u0065\u0301"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import sqlalchemy as sa
 
 from replica.catalog import evaluation, rules
 from replica.db import tables
-from replica.db.engine import Database
+from replica.db.engine import Database, Session
 from rules.errors import Refused
 from rules.states import TransferState
 from tests.conftest import HandClock
@@ -170,3 +172,39 @@ def test_nothing_is_due_when_everything_is_as_wished(world: World) -> None:
     world.files(1, "DESY-DISK", dataset)
     world.rule(dataset, "DESY-DISK")
     assert world.evaluate() == 0
+
+
+def test_a_rule_that_waits_for_nothing_is_counted_anew(world: World, clock: HandClock) -> None:
+    """Whatever made a counter wrong: all copies are there and nothing is on its way: no rule waits for ever."""
+    dataset = world.collection("counted wrongly")
+    world.files(3, "DESY-DISK", dataset)
+    rule = world.rule(dataset, "HZDR-DISK")
+    with world.db.write() as s:
+        s.execute(tables.locks.update().values(files_available=-2, files_stuck=1, bytes_total=7))
+    world.move()
+    assert world.show(rule).state != "ok"
+    clock.turn(minutes=16)
+    world.evaluate()
+    assert world.show(rule).state == "ok"
+    world.check()
+
+
+def test_a_rule_that_takes_too_long_does_not_hold_up_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = (world.rule(did, "HZDR-DISK") for did in world.files(2, "DESY-DISK"))
+    with world.db.write() as s:
+        if not s.postgresql:
+            pytest.skip("SQLite has no limit for a statement")
+        s.execute(tables.rules.update().values(evaluate_at=s.now))
+    original, seen = evaluation._evaluate, []
+
+    def evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
+        seen.append(rule.id)
+        if rule.id == slow.id:
+            s.connection.exec_driver_sql("SET LOCAL statement_timeout = '20ms'")
+            s.connection.exec_driver_sql("SELECT pg_sleep(5)")
+        return original(s, rule, limit_files)
+
+    monkeypatch.setattr(evaluation, "_evaluate", evaluate)
+    world.evaluate()
+    assert seen == [slow.id, quick.id]
+    assert [reason.code for reason in world.show(slow).reasons] == ["evaluation_failed"]

@@ -191,6 +191,37 @@ def test_two_files_never_share_a_path(world: Database, layout: str, known_path: 
         register(s, new("free", path="no/such/path"), new("more", path="x"), at="shared")
 
 
+def test_a_file_does_not_come_to_lie_under_the_path_that_another_was_given(world: Database) -> None:
+    """Verifying it there would find "wrong" bytes and move the other's away."""
+    with world.write() as s:
+        register(s, new("a", path="test/b"))
+    taken = "'test/b' at desy-1 is the file test:a, it cannot be test:b as well"
+    for evidence in ("hashed", "declared"):
+        with pytest.raises(AlreadyExists, match=taken), world.write() as s:
+            register(s, new("fine"), new("b"), evidence=evidence)
+    with pytest.raises(AlreadyExists, match="'test/d' at desy-1 is the file test:c"), world.write() as s:
+        register(s, new("c", path="test/d"), new("d"))
+    with world.write() as s:
+        register(s, new("b"), at="desy-2")
+
+
+def test_names_that_rucio_would_put_under_one_path_are_not_both_taken(world: Database) -> None:
+    with world.write() as s:
+        for scope in ("user.08", "user"):
+            scopes.add(s, ROOT, wire.NewScope(name=scope))
+        endpoints.add(s, wire.NewEndpoint(name="rucio", site="GSI", url="memory://rucio", layout="hash"))
+        one = wire.NewReplica(did="user.08:n559", size=7, checksums={"xxh3_128": XXH3})
+        other = wire.NewReplica(did="user:6d/n559", size=8, checksums={"xxh3_128": XXH3[::-1]})
+    with pytest.raises(AlreadyExists, match="as well"), world.write() as s:
+        register(s, one, other, at="rucio")
+    with world.write() as s:
+        register(s, one, at="rucio")
+    with pytest.raises(AlreadyExists, match=r"is the file user\.08:n559, it cannot"), world.write() as s:
+        register(s, other, at="rucio")
+    with world.write() as s:
+        register(s, one, at="rucio")
+
+
 # --- checksums that meet --------------------------------------------------------------------------------------------
 
 

@@ -318,10 +318,10 @@ def test_an_explanation_says_what_is_wanted_there_moving_and_missing(world: Worl
     explanation = world.explain(rule)
     text = " ".join(explanation.sentences)
     assert "root wants 1 copy of t:c at `SMALL-DISK`." in text
-    assert "The DID has 5 files with 3.5 MB; 0 of them have every copy that is wanted." in text
-    assert "1 file (250.0 kB) were handed to a worker for SMALL-DISK." in text
-    assert "1 file (250.0 kB) wait for a worker of SMALL-DISK." in text
-    assert "1 copies of a dataset have no place yet" in text
+    assert "The DID has 5 files with 3.5 MB; 0 of 5 have every copy that is wanted." in text
+    assert "1 file (250.0 kB) was handed to a worker for SMALL-DISK." in text
+    assert "1 file (250.0 kB) waits for a worker of SMALL-DISK." in text
+    assert "1 copy of a dataset has no place yet" in text
     assert "SMALL-DISK: 2.5 MB short (3 files, first seen" in text
     assert "What helps: free space there" in text
     assert "It is tried again by itself at" in text

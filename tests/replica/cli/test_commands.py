@@ -194,7 +194,16 @@ def test_upload_locate_download(typed: Typed, w: World):
     done = typed.json("download", "p1:raw", "--dir", "back")
     assert (done["files"], done["failed"]) == (4, [])
     assert files_in(w.directory / "back") == CONTENT
-    assert "4 were there already" in typed("download", "p1:raw", "--dir", "back").stdout
+    assert "4 found there already" in typed("download", "p1:raw", "--dir", "back").stdout
+
+
+def test_one_file_is_one_file(typed: Typed, w: World):
+    source = w.write({"a.h5": b"x"})
+    assert (
+        "1 file, 1 B, is registered at DESY-DISK"
+        in typed("upload", source, "--scope", "p1", "--endpoint", "DESY-DISK").stdout
+    )
+    assert "1 file, 1 B, is in back" in typed("download", "p1:a.h5", "--dir", "back").stdout
 
 
 def test_a_failed_file_is_named_and_the_exit_code_is_1(typed: Typed, w: World, raw: str):

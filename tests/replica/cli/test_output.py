@@ -225,3 +225,24 @@ root(["much"])
     process.stdout.close()
     assert process.stderr.read() == ""
     process.wait(timeout=20)
+
+
+def test_of_a_long_expression_only_the_neighbourhood_of_the_column_is_shown():
+    error = InvalidExpression("column 5001: no", column=5001)
+    error.text = "x" * 5000 + "!" + "y" * 5000  # type: ignore[attr-defined]
+    _, err = printed(lambda: show_error(error))
+    _, text, caret = err.splitlines()
+    assert max(map(len, err.splitlines())) < 140
+    assert text[caret.index("^")] == "!"
+    assert text.strip().startswith("…")
+    assert text.endswith("…")
+
+
+def test_refused_items_are_sentences_and_a_single_one_is_not_said_twice():
+    error = Refused("p:a is known with size 1, not 2 (and 1 more like it)")
+    error.items = [{"did": f"p:{name}", "field": "size", "known": 1, "given": 2} for name in "ab"]
+    _, err = printed(lambda: show_error(error))
+    assert "  p:b is known with size 1, not 2" in err.splitlines()
+    del error.items[1:]
+    _, err = printed(lambda: show_error(error))
+    assert len(err.splitlines()) == 1

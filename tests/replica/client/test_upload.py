@@ -7,10 +7,11 @@ import pytest
 
 from replica import wire
 from replica.client.parallel import Progress
-from replica.client.upload import upload
+from replica.client.upload import gather, upload
 from replica.storage import faultpoints
-from rules.errors import AlreadyExists, Invalid, NotFound, Refused, Unreachable
+from rules.errors import AlreadyExists, Invalid, NotFound, Refused, ReplicaError, Unreachable
 from tests.replica.client.world import CONTENT, World, files_in, world
+from tests.replica.storage.places import as_nobody
 
 
 @pytest.fixture
@@ -267,6 +268,41 @@ def test_other_bytes_under_the_name_are_neither_overwritten_nor_moved(w: World):
     assert "exists already with other bytes" in done.failed[0].reason
     assert at_desy(w)["a.h5"] == b"somebody's"
     assert w.litter("DESY-DISK") == []
+
+
+def test_other_bytes_where_a_replica_is_are_told_to_go_elsewhere_and_the_replica_is_not_to_be_moved(w: World):
+    upload(w.client, [w.write({"a.h5": b"the content"})], scope="p1", endpoint="DESY-DISK")
+    done = upload(w.client, [w.write({"a.h5": b"another"})], scope="p1", endpoint="DESY-DISK")
+    (failed,) = done.failed
+    assert "p1:a.h5 is registered at DESY-DISK with other bytes" in failed.reason
+    assert "another name" in failed.hint
+    assert "move it away" not in failed.hint
+    assert at_desy(w)["a.h5"] == b"the content"
+
+
+def test_a_name_that_breaks_the_line_is_reported_on_one_line(w: World):
+    with pytest.raises(Invalid) as caught:
+        upload(w.client, [w.write({"a\nb": b"x"})], scope="p1", endpoint="DESY-DISK")
+    assert "\n" not in caught.value.message
+    assert "a\\nb cannot be uploaded" in caught.value.message
+
+
+def test_what_may_not_be_read_is_named_with_a_remedy():
+    def as_user(folder: Path) -> None:
+        (folder / "closed").mkdir(mode=0)
+        for path in (folder / "closed", folder / "closed/file"):
+            with pytest.raises(ReplicaError, match="permission denied; nothing was uploaded") as caught:
+                gather([path], "p1")
+            assert caught.value.hint
+
+    as_nobody(as_user)
+
+
+def test_an_endpoint_that_is_not_here_comes_with_a_remedy(w: World):
+    (w.root("DESY-DISK") / ".replica/endpoint").unlink()
+    with pytest.raises(Unreachable) as caught:
+        upload(w.client, [w.write()], scope="p1", endpoint="DESY-DISK")
+    assert "replica endpoint prepare DESY-DISK" in caught.value.hint
 
 
 def test_when_the_endpoint_itself_fails_the_rest_is_not_tried(w: World):

@@ -643,7 +643,7 @@ async def test_a_file_that_appears_just_before_we_publish(places, theirs):
     assert target.behind.get("b/g") == b"bytes"
     assert target.quarantined() == ([] if theirs == b"bytes" else [theirs])
     assert not target.parts()
-    assert len(asked) == (1 if theirs == b"bytes" else 2), "the lease is asked for before each try"
+    assert len(asked) == (1 if theirs == b"bytes" else 3), "the lease is asked for before each try and each removal"
 
 
 async def test_somebody_who_keeps_putting_files_there_is_told_of(places):
@@ -1040,3 +1040,45 @@ def test_every_failure_of_a_copy_is_a_storage_error_with_its_place(folders):
     with pytest.raises(StorageError) as told:
         run_local(folders)
     assert all((told.value.endpoint, told.value.path, told.value.message))
+
+
+def swapped_after_the_look(target, monkeypatch, content):
+    """Right after the file in the way was looked at, somebody else puts `content` under its name."""
+    look = target.storage.tree.stat
+
+    def stat(path):
+        found = look(path)
+        if path == "b/g" and not done:
+            done.append(path)
+            os.unlink(target.behind.root / "b/g")
+            target.behind.put("b/g", content)
+        return found
+
+    done: list[str] = []
+    monkeypatch.setattr(target.storage.tree, "stat", stat)
+
+
+def test_only_the_file_that_was_found_wrong_is_moved_away(folders, monkeypatch):
+    source, target = folders
+    content = pattern(9_000)
+    source.behind.put("a/f", content)
+    target.behind.put("b/g", b"half of it")
+    swapped_after_the_look(target, monkeypatch, content)
+    copied = run_local(folders, expected_of(content))
+    assert copied.adopted
+    assert target.behind.get("b/g") == content
+    assert target.quarantined() == []
+
+
+def test_a_copy_that_lost_its_lease_moves_nothing_away(folders):
+    source, target = folders
+    source.behind.put("a/f", pattern(9_000))
+    target.behind.put("b/g", b"half of it")
+
+    def lost():
+        raise Stopped("the lease is gone")
+
+    with pytest.raises(Stopped):
+        run_local(folders, expected_of(pattern(9_000)), before_publish=lost)
+    assert target.behind.get("b/g") == b"half of it"
+    assert target.quarantined() == []

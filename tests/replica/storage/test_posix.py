@@ -259,6 +259,15 @@ def test_a_folder_we_may_not_read_fails_the_listing_instead_of_shortening_it(way
 # ── the root ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_an_endpoint_where_we_may_not_write_is_refused_in_our_words():
+    def as_user(folder):
+        (folder / "closed").mkdir(mode=0)
+        with pytest.raises(Forbidden, match="Permission denied"):
+            folder_storage(folder / "closed" / "root", "DISK")
+
+    as_nobody(as_user)
+
+
 async def test_a_disk_that_is_not_mounted_is_told_from_an_empty_one(storage, root):
     (root / "f").write_bytes(b"x")
     root.rename(root.with_name("away"))
@@ -385,3 +394,19 @@ async def test_no_verb_keeps_a_descriptor(storage, root):
         with pytest.raises(TargetExists):
             await write_and_publish(storage, "f")
     assert open_descriptors() == before
+
+
+async def test_the_disk_of_another_endpoint_mounted_here_is_unreachable(tmp_path):
+    """Its files would be taken for ours: counted as copies, and moved to quarantine as wrong ones."""
+    storages = [PosixStorage(tmp_path / name, name=name) for name in ("ONE", "TWO")]
+    for storage in storages:
+        await storage.prepare()
+        (tmp_path / storage.name / "f").write_bytes(b"bytes")
+        assert (await storage.stat("f")).size_bytes == 5
+    for old, new in (("ONE", "away"), ("TWO", "ONE"), ("away", "TWO")):
+        (tmp_path / old).rename(tmp_path / new)
+    for storage in storages:
+        for verb in (storage.stat("f"), storage.delete("f"), storage.quarantine("f")):
+            with pytest.raises(Unreachable, match="belongs to the endpoint"):
+                await verb
+    assert (tmp_path / "ONE" / "f").exists()
