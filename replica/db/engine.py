@@ -127,7 +127,7 @@ def _engine(url: sa.engine.URL, pool_size: int) -> Engine:
             hint="use postgresql://… or sqlite:///PATH",
             field="database_url",
         )
-    return sa.create_engine(
+    engine = sa.create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -138,6 +138,16 @@ def _engine(url: sa.engine.URL, pool_size: int) -> Engine:
             "options": f"-c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s -c timezone=UTC -c jit=off",
         },
     )
+
+    @sa.event.listens_for(engine, "connect")
+    def _durable(connection: Any, record: object) -> None:
+        # What was acknowledged must survive a crash, whatever the server's default; a stronger one than "on" stays.
+        connection.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        connection.commit()
+
+    return engine
 
 
 @contextlib.contextmanager

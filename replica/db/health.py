@@ -17,9 +17,9 @@ def forgetful(database: Database) -> list[str]:
             # Our own connections set what matters; what they got says whether the file system can do it.
             mode = str(s.connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
             return [] if mode == "wal" else [f"SQLite's journal mode is {mode}, not wal: readers will block writers"]
+        # synchronous_commit is not among them: our connections switch it on.
         troubles = {
             "fsync": "a power cut can destroy the database",
-            "synchronous_commit": "a power cut can lose what was acknowledged",
             "full_page_writes": "a power cut can destroy pages",
         }
         found = []

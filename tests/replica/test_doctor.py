@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 import replica
 from replica import config, doctor, wire
 from replica.client import Client
 from replica.client.places import prepare_here
+from replica.db.engine import Database
 from replica.doctor import Examination, examine
 from replica.embedded import Embedded
 from tests.servers import PostgreSQL, Redis
@@ -123,7 +125,14 @@ def test_a_database_that_forgets_at_a_power_cut(postgresql_url: str, postgresql_
     """The tests' own server is such a one: it runs without fsync."""
     examination = examine(settings(database_url=postgresql_url))
     assert any("fsync is off" in message for message in wrong(examination))
-    assert any("synchronous_commit is off" in message for message in wrong(examination))
+
+
+def test_what_is_acknowledged_is_written_whatever_the_server_says(postgresql_url: str):
+    """The tests' own server has synchronous_commit off."""
+    with psycopg.connect(postgresql_url.replace("+psycopg", "")) as plain:
+        assert plain.execute("SHOW synchronous_commit").fetchone() == ("off",)
+    with Database(postgresql_url).read() as s:
+        assert s.connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == "on"
 
 
 def test_a_migrated_sqlite_database_is_good(sqlite_url: str):

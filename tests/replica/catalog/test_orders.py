@@ -258,6 +258,15 @@ def test_what_is_reported_done_is_available_proven_and_remembered(world: World, 
         assert learned is None, "who copies a file cannot give it checksums that nobody had"
 
 
+def test_the_first_proof_of_a_declared_replica_brings_the_checksums_that_nobody_had(world: World) -> None:
+    world.files(1, "DESY-DISK", evidence="declared")
+    (order,) = world.claim("DESY").orders
+    assert order.sources == [], "it is verified where it lies"
+    world.report("DESY", [done(order, checksums=order.checksums | {"xxh3_128": "0" * 31 + "7"})])
+    with world.look() as s:
+        assert s.execute(sa.select(tables.files.c.xxh3_128)).scalar_one() == bytes(15) + b"\7"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
