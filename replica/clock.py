@@ -1,17 +1,14 @@
-"""The present moment, in one place, so that a test can turn it.
+"""What tells the present moment: the database's clock, or one that a test turns by hand.
 
 Given     nothing.
 Returns   aware UTC moments.
-Promises  code that decides takes `now` as a value; only whoever begins a transaction or a pass asks the clock.
+Promises  code that decides takes `now` as a value; only whoever begins a transaction asks the clock.
+Partner   replica.db.engine.Session.now, which asks the database where no other clock was given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 
 Clock = Callable[[], datetime]
-
-
-def system_clock() -> datetime:
-    return datetime.now(UTC)

@@ -125,16 +125,7 @@ def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[i
     Other rules that want the same copies are held from here on. Where somebody else holds one of them, that copy must
     wait, as waiting here could be waiting in a circle: then True comes back as well.
     """
-    open_ = (
-        sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id)
-        .where(
-            locks_table.c.rule_id == rule.id,
-            locks_table.c.files_available < locks_table.c.files_total,
-            locks_table.c.applied_to.is_(None),
-        )
-        .subquery("open_locks")
-    )
-    held = files_of(open_)
+    held = files_of(_open_locks(rule))
     missing = (
         sa.select(held.c.file_id, held.c.endpoint_id)
         .outerjoin(replicas, of_pair(held))
@@ -159,19 +150,23 @@ def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[i
     return [pair for pair in pairs if pair not in taken], True
 
 
-def _recount(s: Session, rule: sa.Row[Any]) -> None:
-    """Count anew what the open locks of this rule hold: nothing is missing that nobody brings, so whatever keeps them
-    open is on its way, or was counted wrongly. The caller holds the rule, without which no counter moves."""
-    open_ = (
+def _open_locks(rule: sa.Row[Any]) -> sa.Subquery:
+    """The rule's locks that were applied whole and still miss files."""
+    return (
         sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id)
         .where(
             locks_table.c.rule_id == rule.id,
             locks_table.c.files_available < locks_table.c.files_total,
             locks_table.c.applied_to.is_(None),
         )
-        .subquery("still_open")
+        .subquery("open_locks")
     )
-    held = files_of(open_)
+
+
+def _recount(s: Session, rule: sa.Row[Any]) -> None:
+    """Count anew what the open locks of this rule hold: nothing is missing that nobody brings, so whatever keeps them
+    open is on its way, or was counted wrongly. The caller holds the rule, without which no counter moves."""
+    held = files_of(_open_locks(rule))
     is_there = Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE))
     is_vain = sa.and_(
         replicas.c.state.is_not(None), sa.not_(is_there), provision.is_stuck(held.c.file_id, held.c.endpoint_id)
