@@ -3,7 +3,8 @@
 Given     a handler, set by a test; or REPLICA_FAULT_POINTS in the environment of a process started by a test.
 Returns   for `piece`: the bytes to go on with.
 Promises  without a handler, one comparison with None and nothing else. The variable can only break a copy in ways that
-          verification must catch (kill the process, flip one byte in flight); it is for tests, never set it elsewhere.
+          verification must catch (kill the process, flip one byte in flight) or that harm nothing (a pause); it is for
+          tests, never set it elsewhere.
 Partner   replica.storage.copy reaches them; tests/replica/storage and the chaos harness set them.
 
     after_write     the temporary is complete, nothing is proven
@@ -11,8 +12,9 @@ Partner   replica.storage.copy reaches them; tests/replica/storage and the chaos
     after_publish   published, not reported
     piece           between the hash of a piece and its write
 
-REPLICA_FAULT_POINTS is `point=action[@n]`, several joined by ','; action is `kill` (SIGKILL to ourselves) or `flip`
-(only at `piece`); with `@n` it happens the n-th time only, else the first time only.
+REPLICA_FAULT_POINTS is `point=action[@n]`, several joined by ','; action is `kill` (SIGKILL to ourselves), `flip`
+(only at `piece`) or `slow` (a pause); with `@n` it happens the n-th time only, else the first time only, but a slow
+point is slow every time.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rules.errors import Invalid
 
+ACTIONS = ("kill", "flip", "slow")
+SLOW_SECONDS = 0.25
 POINTS = ("after_write", "after_verify", "after_publish", "piece")
 Handler = Callable[[str, memoryview | None], bytes | None]
 
@@ -66,10 +71,10 @@ def from_text(text: str) -> Handler:
         point, _, action = item.strip().partition("=")
         action, _, count = action.partition("@")
         flips_elsewhere = action == "flip" and point != "piece"
-        if point not in POINTS or action not in ("kill", "flip") or flips_elsewhere or not (count or "1").isdecimal():
+        if point not in POINTS or action not in ACTIONS or flips_elsewhere or not (count or "1").isdecimal():
             raise Invalid(
                 f"REPLICA_FAULT_POINTS: {item[:80]!r} is not point=action[@n]",
-                hint=f"points are {', '.join(POINTS)}; actions are kill, and flip at piece",
+                hint=f"points are {', '.join(POINTS)}; actions are kill, slow, and flip at piece",
             )
         wanted[point] = (action, int(count or "1"))
     reached = dict.fromkeys(wanted, 0)
@@ -79,6 +84,9 @@ def from_text(text: str) -> Handler:
         if point not in wanted:
             return None
         action, nth = wanted[point]
+        if action == "slow":
+            time.sleep(SLOW_SECONDS)
+            return None
         with guard:
             reached[point] += 1
             if reached[point] != nth:

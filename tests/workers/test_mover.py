@@ -407,7 +407,7 @@ async def test_a_worker_frozen_until_its_lease_is_over_cannot_publish(centre, wo
 
 async def test_a_cancelled_order_stops_at_once(centre, world, running):
     centre.lease_seconds = 0.6
-    order = world.order("a", os.urandom(64 << 20))
+    order = world.order("a", os.urandom(24 << 20))
     centre.add(order)
     with slow_pieces(0.1):
         mover = await running()
@@ -434,7 +434,7 @@ async def test_orders_that_wait_keep_their_lease_too(centre, world, running):
 
 async def test_a_stop_gives_back_what_has_not_begun_and_what_is_large(centre, world, running):
     for i in range(6):
-        centre.add(world.order(f"large{i}", os.urandom(40 << 20)))
+        centre.add(world.order(f"large{i}", os.urandom(16 << 20)))
     with slow_pieces(0.2):
         mover = await running(concurrency=2)
         await until(lambda: mover._running == 2)

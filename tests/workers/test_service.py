@@ -29,6 +29,8 @@ from tests.servers import Redis, free_port
 from workers.service import Passes, run_control, run_worker
 
 ROOT = Path(replica.__file__).parents[1]
+#: Of many pieces. A copy takes long by a pause at each, not by its size: a disk must not decide what a test says.
+LARGE_BYTES = 16 << 20
 
 
 class Process:
@@ -102,8 +104,9 @@ async def test_a_worker_works_with_and_without_a_broker(centre, world, start, br
 
 async def test_a_worker_that_is_told_to_stop_gives_back_what_it_holds(centre, world, start):
     for i in range(20):
-        centre.add(world.order(f"f{i}", os.urandom(48 << 20)))
-    worker = start("worker", REPLICA_SERVER=centre.url, REPLICA_TOKEN=centre.token, REPLICA_SITE="DESY")
+        centre.add(world.order(f"f{i}", os.urandom(LARGE_BYTES)))
+    environment = {"REPLICA_SERVER": centre.url, "REPLICA_TOKEN": centre.token, "REPLICA_SITE": "DESY"}
+    worker = start("worker", **environment, REPLICA_FAULT_POINTS="piece=slow")
     await until(lambda: centre.leases)
     assert await asyncio.to_thread(worker.end) == 0
     assert centre.leases == {}
@@ -137,9 +140,9 @@ async def test_a_worker_killed_before_its_report_is_followed_by_one_that_adopts(
 
 async def test_a_frozen_worker_that_thaws_after_its_lease_reports_nothing_as_done(centre, world, start):
     centre.lease_seconds = 1.0
-    centre.add(world.order("a", os.urandom(256 << 20)))
+    centre.add(world.order("a", os.urandom(LARGE_BYTES)))
     environment = {"REPLICA_SERVER": centre.url, "REPLICA_TOKEN": centre.token, "REPLICA_SITE": "DESY"}
-    worker = start("worker", **environment, REPLICA_POLL_SECONDS="3600")
+    worker = start("worker", **environment, REPLICA_POLL_SECONDS="3600", REPLICA_FAULT_POINTS="piece=slow")
     await until(lambda: centre.leases)
     worker.process.send_signal(signal.SIGSTOP)
     await until(lambda: centre.requeue_lost() == 1)
