@@ -78,6 +78,14 @@ class TransferState(Coded):
     CANCELLED = 8  #: not wanted any more; bytes may still land, deletion sweeps them
 
 
+class DeletionState(Coded):
+    QUEUED = 1  #: decided; until `not_before` has passed and a worker claims it, it can be undone
+    CLAIMED = 2  #: a worker holds a lease; the bytes may be gone at any moment
+    DONE = 3  #: the bytes are gone, and so is the replica
+    FAILED = 4  #: attempts used up; the replica stays and is looked at again
+    UNDONE = 5  #: taken back before a worker claimed it: the replica is what it was
+
+
 class TransferEvent(Enum):
     CLAIM = "claim"
     BEGIN = "begin"
@@ -143,6 +151,18 @@ RULE: Mapping[RuleState, frozenset[RuleState]] = MappingProxyType(
         _U.EXPIRED: frozenset(),
     }
 )
+
+_D = DeletionState
+DELETION: Mapping[DeletionState, frozenset[DeletionState]] = MappingProxyType(
+    {
+        _D.QUEUED: frozenset({_D.CLAIMED, _D.UNDONE}),
+        _D.CLAIMED: frozenset({_D.QUEUED, _D.DONE, _D.FAILED}),  # QUEUED: the lease ran out, or it is tried again
+        _D.DONE: frozenset(),
+        _D.FAILED: frozenset(),
+        _D.UNDONE: frozenset(),
+    }
+)
+DELETION_TERMINAL = frozenset({_D.DONE, _D.FAILED, _D.UNDONE})
 
 #: States that no event leaves.
 TRANSFER_TERMINAL = frozenset({_T.DONE, _T.FAILED, _T.CANCELLED})

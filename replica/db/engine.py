@@ -42,6 +42,10 @@ class Session:
         self._clock = clock
         #: Queues to wake after the commit: the name of a site's queue, or of a pass.
         self.wake: set[str] = set()
+        #: Done once each, right before the commit: what is gathered during the transaction and written in one go.
+        self.before_commit: dict[Callable[[Session], None], None] = {}
+        #: What happened, to be told to whoever listens (see replica.catalog.outbox).
+        self.events: list[Any] = []
 
     @cached_property
     def now(self) -> datetime:
@@ -96,6 +100,8 @@ class Database:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 session = Session(connection, self.clock)
                 yield session
+                for act in session.before_commit:
+                    act(session)
                 connection.commit()
             if session.wake:
                 self.on_commit(session.wake)

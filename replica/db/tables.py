@@ -33,7 +33,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
 from rules import states
-from rules.states import TransferState
+from rules.states import DeletionState, TransferState
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -120,6 +120,41 @@ tokens = Table(
     Column("created_at", Instant, nullable=False),
 )
 
+# --- what an account may and does keep ------------------------------------------------------------------------------
+
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("account_id", Id, ForeignKey("accounts.id"), nullable=False),
+    Column("expression", String(1_000), nullable=False),  # of all endpoints it selects together
+    Column("limit_bytes", BigInteger, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    UniqueConstraint("account_id", "expression"),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    # What the locks of an account's rules hold at an endpoint, each file once. Kept in the transaction that changes
+    # a lock or a dataset below one.
+    Column("account_id", Id, ForeignKey("accounts.id"), primary_key=True, autoincrement=False),
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("files", BigInteger, nullable=False, server_default=text("0")),
+    Column("bytes", BigInteger, nullable=False, server_default=text("0")),
+)
+
+usage_history = Table(
+    "usage_history",
+    metadata,
+    # As usage was at the end of a period in which it changed.
+    Column("account_id", Id, ForeignKey("accounts.id"), primary_key=True, autoincrement=False),
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("at", Instant, primary_key=True),
+    Column("files", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+)
+
 # --- where ----------------------------------------------------------------------------------------------------------
 
 endpoints = Table(
@@ -142,6 +177,18 @@ endpoints = Table(
     Column("reported_free_bytes", BigInteger),
     Column("reported_at_used_bytes", BigInteger),
     Column("created_at", Instant, nullable=False),
+    # Nothing new goes there, and what is protected there is brought elsewhere.
+    Column("draining", Boolean, nullable=False, server_default=text("false")),
+    # Why reading, writing or deleting is off or the endpoint is drained, as a person said it, and since when.
+    Column("status_reason", String(2_000), nullable=False, server_default=""),
+    Column("status_since", Instant),
+    # Deletion: copies nobody protects go when less than this is free, or at once; so long after the decision, which
+    # can be undone until then; at most so much in an hour.
+    Column("min_free_bytes", BigInteger),
+    Column("delete_at_once", Boolean, nullable=False, server_default=text("false")),
+    Column("grace_seconds", Integer, nullable=False, server_default=text("0")),
+    Column("budget_files", BigInteger),
+    Column("budget_bytes", BigInteger),
 )
 
 endpoint_attributes = Table(
@@ -159,6 +206,19 @@ links = Table(
     Column("target_id", Id, ForeignKey("endpoints.id"), primary_key=True),
     Column("distance", Integer, nullable=False, server_default=text("1")),
     Column("allowed", Boolean, nullable=False, server_default=text("true")),
+)
+
+traffic = Table(
+    "traffic",
+    metadata,
+    # What went over a link in a period that began at `since`: where estimates come from.
+    Column("source_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("target_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("since", Instant, primary_key=True),
+    Column("files", BigInteger, nullable=False, server_default=text("0")),
+    Column("bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("seconds", Float, nullable=False, server_default=text("0")),  # summed over files that went side by side
+    Column("failures", BigInteger, nullable=False, server_default=text("0")),
 )
 
 # --- what -----------------------------------------------------------------------------------------------------------
@@ -184,7 +244,30 @@ dids = Table(
     Column("created_at", Instant, nullable=False),
     Column("closed_at", Instant),
     Column("metadata", Json),
+    Column("monotonic", Boolean, nullable=False, server_default=text("false")),  # nothing is ever taken out of it
+    Column("expires_at", Instant),
+    Column("deleted_at", Instant),  # its name stays taken for ever, and for some time it can be had back
+    # Of a dataset: its files, kept by delta. NULL for files and containers.
+    Column("files_total", Integer),
+    Column("bytes_total", BigInteger),
+    # Of a dataset: some of its files are, or were, in another unit of a lock as well. False proves that none is, so
+    # what one lock holds need not be compared file by file with what others hold.
+    Column("shared", Boolean, nullable=False, server_default=text("false")),
     UniqueConstraint("scope_id", "name"),
+    Index(
+        "ix_dids_expires_at",
+        "expires_at",
+        postgresql_where=text("expires_at IS NOT NULL"),
+        sqlite_where=text("expires_at IS NOT NULL"),
+    ),
+    Index(
+        "ix_dids_metadata",
+        "metadata",
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_where=text("metadata IS NOT NULL"),
+        sqlite_where=text("metadata IS NOT NULL"),
+    ),
 )
 
 files = Table(
@@ -208,6 +291,7 @@ contents = Table(
 )
 
 OWN_PATH = text("path IS NOT NULL")
+TOMBSTONE = text("tombstone_at IS NOT NULL")
 
 replicas = Table(
     "replicas",
@@ -218,14 +302,38 @@ replicas = Table(
     Column("generation", Integer, nullable=False, server_default=text("1")),
     Column("evidence", State(states.Evidence)),
     Column("verified_at", Instant),
-    Column("tombstone_at", Instant),  # not protected by any rule since; NULL: protected, or never was under a rule
+    # Not protected by any rule since; NULL: protected, or never was under a rule. 1970: shall go at once.
+    Column("tombstone_at", Instant),
     Column("path", String(2000)),  # only where the endpoint's layout does not give it
+    Column("accessed_at", Instant),
     Index("ix_replicas_endpoint_id_state", "endpoint_id", "state"),
     # Two files never share bytes at an endpoint; few rows have a path, so this costs the others nothing.
     Index("uq_replicas_path", "endpoint_id", "path", unique=True, postgresql_where=OWN_PATH, sqlite_where=OWN_PATH),
+    # What may be deleted, the longest unprotected first.
+    Index("ix_replicas_tombstone", "endpoint_id", "tombstone_at", postgresql_where=TOMBSTONE, sqlite_where=TOMBSTONE),
 )
 
 # --- wishes ---------------------------------------------------------------------------------------------------------
+
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("account_id", Id, ForeignKey("accounts.id"), nullable=False),
+    Column("condition", String(10_000), nullable=False),
+    Column("rules", Json, nullable=False),  # templates: each a rule without its DID
+    Column("enabled", Boolean, nullable=False, server_default=text("true")),
+    Column("comment", String(2_000), nullable=False, server_default=""),
+    Column("created_at", Instant, nullable=False),
+    Column("updated_at", Instant, nullable=False),
+    Column("expires_at", Instant),
+    # New and changed DIDs are read from the outbox, up to here.
+    Column("seen_tx", BigInteger, nullable=False, server_default=text("0")),
+    Column("seen_id", BigInteger, nullable=False, server_default=text("0")),
+    # Existing DIDs up to this id were looked at; NULL: no backfill is under way.
+    Column("backfilled_to", BigInteger),
+)
 
 rules = Table(
     "rules",
@@ -252,11 +360,30 @@ rules = Table(
     Column("created_at", Instant, nullable=False),
     Column("updated_at", Instant, nullable=False),
     Column("expires_at", Instant, index=True),
+    Column("not_before", Instant),  # starts then
+    Column("locked", Boolean, nullable=False, server_default=text("false")),  # may not be deleted
+    Column("purge", Boolean, nullable=False, server_default=text("false")),  # at its end its copies go at once
+    Column("metadata", Json),
+    Column("notify", String(64)),  # the webhook that is told of it, besides those that hear everything
+    Column("ended_at", Instant),
+    Column("subscription_id", Id),  # what made it; not a foreign key: the rule outlives its subscription
+    Column("template", SmallInteger),  # which of the subscription's rules this is
     Index("ix_rules_evaluate_at", "evaluate_at", postgresql_where=text("evaluate_at IS NOT NULL")),
+    # A subscription makes each of its rules for a DID once, however often it looks.
+    Index(
+        "uq_rules_subscription",
+        "subscription_id",
+        "did_id",
+        "template",
+        unique=True,
+        postgresql_where=text("subscription_id IS NOT NULL"),
+        sqlite_where=text("subscription_id IS NOT NULL"),
+    ),
 )
 
 OPEN_LOCK = text("files_available < files_total")
 SLICED_LOCK = text("applied_to IS NOT NULL")
+SURPLUS_LOCK = text("surplus")
 
 locks = Table(
     "locks",
@@ -274,10 +401,17 @@ locks = Table(
     Column("applied_to", BigInteger),
     # Of the bytes wanted, those that have no replica row yet: reserved, though not yet part of used_bytes.
     Column("bytes_pending", BigInteger, nullable=False, server_default=text("0")),
+    # The rule does not wish this copy any more (it was changed, or the endpoint is drained or hopeless), but keeps what
+    # is there until all that it does wish is available. It protects like any other lock and orders nothing.
+    Column("surplus", Boolean, nullable=False, server_default=text("false")),
+    # Since when this copy gets on no further, as evaluation saw it; NULL: it does.
+    Column("troubled_at", Instant),
     Index("ix_locks_unit_id", "unit_id", "endpoint_id"),
+    Index("ix_locks_endpoint_id", "endpoint_id"),
     # Whether a rule still misses anything is read here, however many of its copies are complete.
     Index("ix_locks_open", "rule_id", postgresql_where=OPEN_LOCK, sqlite_where=OPEN_LOCK),
     Index("ix_locks_slices", "rule_id", "endpoint_id", postgresql_where=SLICED_LOCK, sqlite_where=SLICED_LOCK),
+    Index("ix_locks_surplus", "rule_id", postgresql_where=SURPLUS_LOCK, sqlite_where=SURPLUS_LOCK),
 )
 
 reasons = Table(
@@ -366,6 +500,98 @@ attempts = Table(
     Column("bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("seconds", Float, nullable=False, server_default=text("0")),
     Column("at", Instant, nullable=False),
+)
+
+LIVE_DELETION = text(
+    "state IN ({})".format(", ".join(str(s.value) for s in DeletionState if s not in states.DELETION_TERMINAL))
+)
+
+deletions = Table(
+    "deletions",
+    metadata,
+    # The intent to remove the bytes of a replica: written in the transaction that proved that nobody needs them.
+    Column("id", Id, primary_key=True),
+    Column("file_id", Id, ForeignKey("files.did_id"), nullable=False),
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), nullable=False),
+    Column("site_id", Id, ForeignKey("sites.id"), nullable=False),  # whose workers carry it out
+    Column("generation", Integer, nullable=False),  # of the replica that is meant: no later one is ever removed
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("state", State(states.DeletionState), nullable=False),
+    Column("why", String(16), nullable=False),  # space | purge | drained | asked
+    Column("account_id", Id, ForeignKey("accounts.id")),  # who asked; NULL: the deletion pass
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    Column("worker", String(128)),
+    Column("lease_until", Instant),
+    Column("not_before", Instant),  # until then it can be undone
+    Column("reason", String(2_000)),
+    Column("created_at", Instant, nullable=False),
+    Column("finished_at", Instant),
+    Index(
+        "uq_deletions_live",
+        "file_id",
+        "endpoint_id",
+        unique=True,
+        postgresql_where=LIVE_DELETION,
+        sqlite_where=LIVE_DELETION,
+    ),
+    Index("ix_deletions_queue", "site_id", "id", postgresql_where=LIVE_DELETION, sqlite_where=LIVE_DELETION),
+    Index("ix_deletions_endpoint_id", "endpoint_id", "created_at"),
+)
+
+# --- what happened --------------------------------------------------------------------------------------------------
+
+events = Table(
+    "events",
+    metadata,
+    # The outbox: written in the transaction that changed something. Ids are given before the commit, so a reader goes
+    # by (tx, id), and reads only what was written by transactions that are over (see replica.catalog.outbox).
+    Column("id", Id, primary_key=True),
+    Column("tx", BigInteger, nullable=False, server_default=text("0")),
+    Column("at", Instant, nullable=False),
+    Column("kind", String(40), nullable=False),  # for example rule.ok
+    Column("entity", String(16), nullable=False),
+    Column("entity_id", BigInteger, nullable=False),
+    Column("version", Integer, nullable=False),  # of the entity, from 1 without gaps
+    Column("account_id", Id),  # who did it; NULL: unattended work
+    Column("payload", Json),
+    Index("ix_events_tx", "tx", "id"),
+    Index(
+        "ix_events_entity",
+        "entity",
+        "entity_id",
+        "version",
+        postgresql_where=text("entity <> 'transfer'"),
+        sqlite_where=text("entity <> 'transfer'"),
+    ),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    # How many events an entity has had. Transfers have one only, their end.
+    Column("entity", String(16), primary_key=True),
+    Column("entity_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("account_id", Id, ForeignKey("accounts.id"), nullable=False),
+    Column("url", String(2_000), nullable=False),
+    Column("secret", String(100), nullable=False),  # signs what is sent, so it is kept as it is
+    Column("kinds", Json, nullable=False),  # patterns such as rule.*
+    Column("enabled", Boolean, nullable=False, server_default=text("true")),
+    Column("created_at", Instant, nullable=False),
+    Column("seen_tx", BigInteger, nullable=False, server_default=text("0")),
+    Column("seen_id", BigInteger, nullable=False, server_default=text("0")),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("next_try_at", Instant),
+    Column("last_error", String(2_000), nullable=False, server_default=""),
+    Column("delivered_at", Instant),
 )
 
 idempotency_keys = Table(

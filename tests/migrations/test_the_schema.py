@@ -31,7 +31,21 @@ DEFINITIONS = {
         UNION ALL
         SELECT 'index ' || indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'alembic_version'
         ORDER BY 1""",
-    "sqlite": "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version' ORDER BY sql",
+    # Not the text of CREATE TABLE: a column that a later step adds stands elsewhere in it.
+    "sqlite": """
+        SELECT 'column ' || t.name || '.' || c.name || ' ' || c.type || ' null:' || (c."notnull" = 0)
+               || ' default:' || coalesce(c.dflt_value, '') || ' key:' || c.pk
+          FROM sqlite_master t JOIN pragma_table_xinfo(t.name) c
+         WHERE t.type = 'table' AND t.name <> 'alembic_version'
+        UNION ALL
+        SELECT 'constraint ' || t.name || '.' || f."from" || ' ' || f."table" || '.' || f."to" || ' ' || f.on_delete
+          FROM sqlite_master t JOIN pragma_foreign_key_list(t.name) f WHERE t.type = 'table'
+        UNION ALL
+        SELECT 'index ' || t.name || ' ' || i."unique" || ' ' || i.origin || ' ' || coalesce(m.sql, (
+               SELECT group_concat(x.name) FROM pragma_index_info(i.name) x))
+          FROM sqlite_master t JOIN pragma_index_list(t.name) i LEFT JOIN sqlite_master m ON m.name = i.name
+         WHERE t.type = 'table' AND t.name <> 'alembic_version'
+        ORDER BY 1""",
 }
 
 
