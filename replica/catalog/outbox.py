@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog.bulk import insert, rows_of
+from replica.catalog.bulk import Columns, insert, rows_of
 from replica.db.engine import Session
 from replica.db.tables import Instant, Json, events, versions
 
@@ -62,7 +62,7 @@ def _write(s: Session) -> None:
         key = (event.entity, event.entity_id)
         next_version[key] += 1
         rows.append((*key, event.kind, next_version[key], event.account_id, event.payload or None))
-    columns = {
+    columns: Columns = {
         "entity": sa.String(),
         "entity_id": sa.BigInteger(),
         "kind": sa.String(),
