@@ -62,6 +62,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     control_interval_seconds: Seconds = 5.0
     #: The first pause before a failed transfer is tried again; doubled each time.
     retry_base_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+    #: How long a DID that was deleted can be had back. Set at the API and at the control process.
+    undelete_seconds: Annotated[float, msgspec.Meta(ge=0, le=315_360_000)] = 7 * 86_400
+    #: How long ends of transfers can be read as events, and how long everything else that happened.
+    keep_transfer_events_days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 7
+    keep_events_days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 730
     #: Where the embedded system keeps its state.
     dir: str | None = None
     log_level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"

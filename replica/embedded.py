@@ -114,7 +114,7 @@ class Embedded:
             stack.callback(self.db.close)
             schema.migrate(self.db)
             self._take_over()
-            self.passes = Passes(self.db, pace_seconds=self.settings.control_interval_seconds)
+            self.passes = Passes(self.db, pace_seconds=self.settings.control_interval_seconds, settings=self.settings)
             self._hints = Hints(BROKER)
             stack.callback(self._hints.close)
             self.db.on_commit = self._hints.wake
@@ -305,6 +305,7 @@ class _ApiThread(threading.Thread):
             self._db,
             lease_seconds=self._settings.lease_seconds,
             retry_base_seconds=self._settings.retry_base_seconds,
+            undelete_seconds=self._settings.undelete_seconds,
         )
 
     async def _listen(self) -> tuple[web.AppRunner, int]:

@@ -74,6 +74,70 @@ class Health(Answer):
     status: str
 
 
+class NewAccount(Document):
+    name: Text
+    role: Literal["user", "admin"] = "user"
+
+
+class Account(Answer):
+    name: str
+    role: str
+    created_at: datetime
+
+
+class AccountToken(Answer):
+    """Shown once: the server keeps only a hash."""
+
+    account: str
+    token: str
+
+
+# --- what an account may and does keep ------------------------------------------------------------------------------
+
+
+class NewQuota(Document):
+    """How much an account may hold at all endpoints together that the expression selects."""
+
+    account: Text
+    expression: Annotated[str, msgspec.Meta(max_length=1_000)]
+    limit_bytes: Count
+
+
+class Quota(Answer):
+    id: int
+    account: str
+    expression: str
+    #: Those that it selects now.
+    endpoints: list[str]
+    limit_bytes: int
+    used_bytes: int
+    left_bytes: int
+    #: What is held beyond the limit: it stays, and nothing more is placed.
+    over_bytes: int
+    created_at: datetime
+    #: Why the expression selects nothing, if so: then it limits nothing.
+    problem: str = ""
+
+
+class Usage(Answer):
+    """What the rules of an account hold at an endpoint, each file once. None: the total over all of them."""
+
+    account: str | None
+    endpoint: str | None
+    files: int
+    bytes: int
+
+
+class UsageThen(Answer):
+    """The same as it was at a moment, and until the next row of the same account and endpoint."""
+
+    at: datetime
+    account: str | None
+    endpoint: str | None
+    files: int
+    bytes: int
+
+
 class NewSite(Document):
     name: Text
 
@@ -115,6 +179,68 @@ class EndpointChange(Document):
     writable: bool | msgspec.UnsetType = msgspec.UNSET
     deletable: bool | msgspec.UnsetType = msgspec.UNSET
     capacity_bytes: Count | msgspec.UnsetType | None = msgspec.UNSET
+    #: Copies that nobody protects go when less than this is free; null: when nothing is.
+    min_free_bytes: Count | msgspec.UnsetType | None = msgspec.UNSET
+    #: They go whether or not space is needed.
+    delete_at_once: bool | msgspec.UnsetType = msgspec.UNSET
+    #: So long a deletion can be undone.
+    grace_seconds: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | msgspec.UnsetType = msgspec.UNSET
+    #: At most so much is deleted in an hour; null: no limit.
+    budget_files: Count | msgspec.UnsetType | None = msgspec.UNSET
+    budget_bytes: Count | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Ban(Document):
+    """What shall not be done at an endpoint, and why; everything, if nothing is named."""
+
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=2_000)]
+    read: bool = False
+    write: bool = False
+    delete: bool = False
+
+
+class Drain(Document):
+    """Nothing new goes to the endpoint, and what is protected there is brought elsewhere."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=2_000)] = ""
+    undo: bool = False
+
+
+class Decommission(Document):
+    """The endpoint goes out of service for good."""
+
+    #: Forget the copies that are still there and that no rule protects.
+    forget: bool = False
+    #: Also those of which no other copy is known.
+    last_copies: bool = False
+    #: It is in service again.
+    undo: bool = False
+
+
+class LinkChange(Document):
+    """Absent fields stay as they are; a link of which nothing is known has distance 1 and is allowed."""
+
+    source: Text
+    target: Text
+    distance: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | msgspec.UnsetType = msgspec.UNSET
+    allowed: bool | msgspec.UnsetType = msgspec.UNSET
+
+
+class Link(Answer):
+    """A directed way between two endpoints: the nearer of two sources is read."""
+
+    source: str
+    target: str
+    distance: int
+    allowed: bool
+
+
+class Protected(Answer):
+    """What rules protect at an endpoint. A file that is in two datasets counts twice."""
+
+    rules: int
+    files: int
+    bytes: int
 
 
 class Endpoint(Answer):
@@ -133,6 +259,20 @@ class Endpoint(Answer):
     #: None: not known.
     free_bytes: int | None = None
     capacity_bytes: int | None = None
+    #: Nothing new goes there, and what is protected there is brought elsewhere.
+    draining: bool = False
+    #: Why it cannot be used as usual, in a person's words, and since when it is as it is.
+    status_reason: str = ""
+    status_since: datetime | None = None
+    min_free_bytes: int | None = None
+    delete_at_once: bool = False
+    grace_seconds: int = 0
+    budget_files: int | None = None
+    budget_bytes: int | None = None
+    #: Out of service for good since then.
+    decommissioned_at: datetime | None = None
+    #: Only where one endpoint was asked for.
+    protected: Protected | None = None
 
 
 class Space(Document):
@@ -160,10 +300,20 @@ class NewDid(Document):
     did: DidText
     kind: Literal["dataset", "container"] = "dataset"
     metadata: dict[str, Any] = {}
+    #: Nothing is ever taken out of it.
+    monotonic: bool = False
+    #: It is deleted when it is so old.
+    lifetime_seconds: Annotated[int, msgspec.Meta(ge=1, le=10**10)] | None = None
 
 
 class DidChange(Document):
+    """Absent fields stay as they are."""
+
     open: bool | msgspec.UnsetType = msgspec.UNSET
+    #: Can be set and never unset.
+    monotonic: bool | msgspec.UnsetType = msgspec.UNSET
+    #: Counted from now; null: it stays for ever.
+    lifetime_seconds: Annotated[int, msgspec.Meta(ge=1, le=10**10)] | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Did(Answer):
@@ -178,10 +328,68 @@ class Did(Answer):
     files: int | None = None
     checksums: dict[str, str] = {}
     metadata: dict[str, Any] = {}
+    #: Nothing is ever taken out of it.
+    monotonic: bool = False
+    #: When it is deleted by itself.
+    expires_at: datetime | None = None
+    deleted_at: datetime | None = None
+    #: Of what is deleted: until then it can be had back. Null: it is gone for good.
+    final_at: datetime | None = None
+
+
+class Metadata(Answer):
+    did: str
+    metadata: dict[str, Any]
+
+
+class MetadataChange(Document):
+    """Keys are paths such as `proposal.end`; a part that holds a dot itself is in double quotes."""
+
+    set: dict[str, Any] = {}
+    unset: Annotated[list[Text], msgspec.Meta(max_length=1_000)] = []
+
+
+class MetadataOf(MetadataChange, kw_only=True):
+    did: DidText
+
+
+class MetadataChanges(Document):
+    changes: Bulk[MetadataOf]
+
+
+class MetadataChanged(Answer):
+    #: How many of the given DIDs have other metadata than before.
+    changed: int
 
 
 class Attachment(Document):
     dids: Bulk[DidText]
+
+
+class Attaching(Document):
+    parent: DidText
+    children: Bulk[DidText]
+
+
+class Attachments(Document):
+    """Several parents at once: all of it or nothing."""
+
+    attachments: Annotated[list[Attaching], msgspec.Meta(min_length=1, max_length=1_000)]
+
+
+class DidList(Document):
+    dids: Bulk[DidText]
+
+
+class Deleted(Answer):
+    #: How many of the given DIDs were not deleted before.
+    deleted: int
+    #: Until then they can be had back.
+    final_at: datetime
+
+
+class Undeleted(Answer):
+    undeleted: int
 
 
 class Attached(Answer):
@@ -241,8 +449,15 @@ class Replica(Answer):
 # --- wishes ---------------------------------------------------------------------------------------------------------
 
 
-class NewRule(Document):
-    did: DidText
+#: A moment with its time zone: without one nobody knows which is meant.
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+#: A word of a rule that has a column of its own.
+RuleWord = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class RuleTemplate(Document):
+    """A wish without the DID it is about."""
+
     expression: Annotated[str, msgspec.Meta(max_length=10_000)]
     copies: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
     grouping: Literal["dataset", "all", "none"] = "dataset"
@@ -253,7 +468,64 @@ class NewRule(Document):
     source_expression: Annotated[str, msgspec.Meta(max_length=10_000)] | None = None
     lifetime_seconds: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=1, le=5)] = 3
-    activity: Text = "default"
+    activity: RuleWord = "default"
+    comment: Text = ""
+    #: When it ends, instead of how long it lives.
+    expires_at: Moment | None = None
+    #: Before this moment it protects nothing and moves nothing.
+    not_before: Moment | None = None
+    #: It neither ends nor gives up a copy before somebody unlocks it.
+    locked: bool = False
+    #: At its end, copies that only it protected go at once, not when space is needed.
+    purge: bool = False
+    #: Wait for a person, unless every endpoint it may go to approves by itself.
+    ask_approval: bool = False
+    #: The name of a webhook that is told what becomes of it.
+    notify: RuleWord | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class NewRule(RuleTemplate, kw_only=True):
+    did: DidText
+
+
+class RuleChange(Document):
+    """Absent fields stay as they are.
+
+    What is wished (copies, expression, grouping, spread, weight) may change, too: copies that are not wished any more
+    stay until those that are have been verified.
+    """
+
+    copies: Annotated[int, msgspec.Meta(ge=1, le=100)] | msgspec.UnsetType = msgspec.UNSET
+    expression: Annotated[str, msgspec.Meta(max_length=10_000)] | msgspec.UnsetType = msgspec.UNSET
+    grouping: Literal["dataset", "all", "none"] | msgspec.UnsetType = msgspec.UNSET
+    spread: Text | msgspec.UnsetType = msgspec.UNSET
+    weight: Text | msgspec.UnsetType | None = msgspec.UNSET
+    source_expression: Annotated[str, msgspec.Meta(max_length=10_000)] | msgspec.UnsetType | None = msgspec.UNSET
+    #: From now on; null: for ever.
+    lifetime_seconds: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | msgspec.UnsetType | None = msgspec.UNSET
+    expires_at: Moment | msgspec.UnsetType | None = msgspec.UNSET
+    locked: bool | msgspec.UnsetType = msgspec.UNSET
+    purge: bool | msgspec.UnsetType = msgspec.UNSET
+    priority: Annotated[int, msgspec.Meta(ge=1, le=5)] | msgspec.UnsetType = msgspec.UNSET
+    activity: RuleWord | msgspec.UnsetType = msgspec.UNSET
+    comment: Text | msgspec.UnsetType = msgspec.UNSET
+    metadata: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
+    notify: RuleWord | msgspec.UnsetType | None = msgspec.UNSET
+    #: Whose rule it is from now on, and whose quota it uses.
+    account: Text | msgspec.UnsetType = msgspec.UNSET
+
+
+class RuleMove(Document):
+    """Where the copies shall be instead."""
+
+    expression: Annotated[str, msgspec.Meta(max_length=10_000)]
+    copies: Annotated[int, msgspec.Meta(ge=1, le=100)] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Verdict(Document):
+    """What a person says to a rule that asked."""
+
     comment: Text = ""
 
 
@@ -296,6 +568,25 @@ class Rule(Answer):
     expires_at: datetime | None = None
     comment: str = ""
     reasons: list[Reason] = []
+    not_before: datetime | None = None
+    locked: bool = False
+    purge: bool = False
+    notify: str | None = None
+    metadata: dict[str, Any] | None = None
+    ended_at: datetime | None = None
+    #: Up by one with everything that happens to the rule; the ETag of an update.
+    version: int = 0
+    #: When all its copies will be there; only where one rule was asked for, and where it can be said.
+    eta: Eta | None = None
+    eta_note: str = ""
+
+
+class Eta(Answer):
+    """A band, from what the links did lately; None: cannot be said."""
+
+    optimistic: datetime
+    likely: datetime | None = None
+    pessimistic: datetime | None = None
 
 
 class Lock(Answer):
@@ -307,6 +598,8 @@ class Lock(Answer):
     files_available: int
     files_stuck: int
     bytes_total: int
+    #: The rule does not wish this copy any more, and keeps it until all that it does wish is there.
+    surplus: bool = False
 
 
 class Explanation(Answer):
@@ -316,6 +609,31 @@ class Explanation(Answer):
     locks: list[Lock]
     transfers: dict[str, int]
     sentences: list[str]
+    #: What the rule waits for: together, every unit that is not satisfied.
+    waiting: list[Waiting] = []
+
+
+class Waiting(Answer):
+    """Copies that a rule waits for, for the same reason and at the same endpoint."""
+
+    #: not_before, waiting_approval, suspended, placing, unplaced, ordering, queued, moving, retrying, held, stuck, lost
+    what: str
+    #: Of the reason: what placement or the storage said; empty where nothing is wrong.
+    code: str
+    endpoint: str | None
+    files: int
+    bytes: int
+    since: datetime | None
+    #: Why; and what happens next, and when.
+    message: str
+    next: str
+    next_at: datetime | None = None
+    #: What a person can do; empty where nothing need be done.
+    hint: str = ""
+    #: For what is queued: transfers of the same site that go before the first of these.
+    ahead: int | None = None
+    #: The first units it is about, at most ten.
+    units: list[str] = []
 
 
 class PlannedCopy(Answer):
@@ -339,7 +657,179 @@ class RulePlan(Answer):
     copies: list[PlannedCopy]
     refusals: list[PlanRefusal]
     new_bytes: int
-    #: At most this many of the copies and refusals are listed one by one; `units` counts all.
+    #: At most 1,000 of the copies and refusals are listed one by one; these count all.
+    units: int
+    copies_missing: int = 0
+    totals: list[PlannedTotal] = []
+    #: The rule that wishes the same already: nothing would be done but, if it has a lifetime, to prolong it.
+    exists: int | None = None
+    #: Why a person would be asked first; empty: nobody is asked.
+    asks: str = ""
+
+
+class PlannedTotal(Answer):
+    """What all planned copies at one endpoint come to."""
+
+    endpoint: str
+    units: int
+    files: int
+    bytes: int
+    #: Of these, what is neither there nor on its way yet.
+    new_files: int
+    new_bytes: int
+
+
+class RuleDeletePlan(Answer):
+    """What would lose its protection if the rule ended now; nothing was changed."""
+
+    rule: int
+    #: Whether it would go at once, or when its space is needed.
+    purge: bool
+    files: int
+    bytes: int
+    #: Copies that are the last good and protected ones of their file, or of which all the others go as well.
+    last_copies: int
+    #: Copies that are on their way, and would be stopped.
+    stopped: int
+    endpoints: list[Unprotected]
+    #: Why it would be refused; empty: it would not.
+    refused: str = ""
+
+
+class Unprotected(Answer):
+    endpoint: str
+    files: int
+    bytes: int
+    last_copies: int
+    stopped: int
+
+
+class HistoryEntry(Answer):
+    """One thing that happened to an entity; versions count up by one."""
+
+    version: int
+    kind: str
+    at: datetime
+    #: None: unattended work.
+    account: str | None = None
+    payload: dict[str, Any] = {}
+
+
+Condition = Annotated[str, msgspec.Meta(max_length=10_000)]
+Templates = Annotated[list[RuleTemplate], msgspec.Meta(min_length=1, max_length=20)]
+
+
+class NewSubscription(Document):
+    """Rules for every dataset and container that fulfils a condition.
+
+    In the expressions of the rules, `{metadata.key}` stands for what the DID's metadata say.
+    """
+
+    name: Text
+    condition: Condition
+    rules: Templates
+    comment: Text = ""
+    lifetime_seconds: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+    #: Look at what exists already, too; else only at what is made, closed or given other metadata from now on.
+    backfill: bool = False
+
+
+class SubscriptionChange(Document):
+    """Absent fields stay as they are. Rules that were made already stay, too."""
+
+    condition: Condition | msgspec.UnsetType = msgspec.UNSET
+    rules: Templates | msgspec.UnsetType = msgspec.UNSET
+    enabled: bool | msgspec.UnsetType = msgspec.UNSET
+    comment: Text | msgspec.UnsetType = msgspec.UNSET
+    #: From now on; null: for ever.
+    lifetime_seconds: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Skipped(Answer):
+    """A DID that fulfils the condition and for which a rule could not be made, and why."""
+
+    did: str
+    #: The number of the subscription's rule.
+    rule: int
+    reason: str
+    hint: str
+    at: datetime
+
+
+class Subscription(Answer):
+    id: int
+    name: str
+    account: str
+    condition: str
+    rules: list[RuleTemplate]
+    #: Of each of the rules. A changed rule is a new one with a new number.
+    numbers: list[int]
+    enabled: bool
+    comment: str
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime | None = None
+    #: What exists already is being looked at.
+    backfilling: bool = False
+    rules_made: int = 0
+    #: The latest; only where one subscription was asked for.
+    skipped: list[Skipped] = []
+
+
+class PreviewedRule(Answer):
+    #: The number of the subscription's rule.
+    rule: int
+    #: With its placeholders filled.
+    expression: str
+    new_bytes: int = 0
+    #: Copies for which there is no place now.
+    copies_missing: int = 0
+    #: It was made before, and is not made again.
+    exists: bool = False
+    #: Why it could not be made; empty where it can.
+    skipped: str = ""
+
+
+class PreviewedDid(Answer):
+    did: str
+    rules: list[PreviewedRule]
+
+
+class SubscriptionPreview(Answer):
+    """What a backfill would do now; nothing was changed."""
+
+    #: Datasets and containers that were looked at, and how many of them fulfil the condition.
+    examined: int
+    matching: int
+    #: There are more than were looked at.
+    more: bool
+    #: The first of the matching ones, each as if it were alone.
+    dids: list[PreviewedDid]
+    #: Endpoint → bytes that would be copied there for those that are listed.
+    new_bytes: dict[str, int]
+
+
+class PlannedShare(Answer):
+    """What happens at one endpoint."""
+
+    endpoint: str
+    #: Copies of units: datasets or, with grouping none, files.
+    copies: int
+    files: int
+    bytes: int
+
+
+class WishPlan(Answer):
+    """What changing a rule's wish would do; nothing was changed."""
+
+    candidates: list[str]
+    #: Copies to be made; files and bytes that must move for them.
+    made: list[PlannedShare]
+    #: Copies that go after all that is wished then is available; files and bytes that are there now and that no other
+    #: rule, and nothing else that this one wishes, keeps there.
+    given_up: list[PlannedShare]
+    refusals: list[PlanRefusal]
+    missing_copies: int
     units: int
 
 
@@ -450,3 +940,176 @@ class ReportAnswer(Answer):
     accepted: int
     #: Transfers whose epoch or state was not the reported one any more: another worker has them, or nobody wants them.
     stale: list[int]
+
+
+# --- what happened --------------------------------------------------------------------------------------------------
+
+Kinds = Annotated[list[Annotated[str, msgspec.Meta(max_length=40)]], msgspec.Meta(max_length=50)]
+
+
+class Event(Answer):
+    """A change, told after its commit. Versions of one entity have no gaps: who sees one has missed nothing before it,
+    or sees that he has."""
+
+    #: What comes after this event is read with it.
+    cursor: str
+    #: `entity.what`, for example rule.ok.
+    kind: str
+    entity: str
+    id: int
+    version: int
+    at: datetime
+    #: Who did it; None: unattended work.
+    account: str | None = None
+    #: What it is about, as people call it, as far as it still is known.
+    did: str | None = None
+    name: str | None = None
+    source: str | None = None
+    target: str | None = None
+    payload: dict[str, Any] = {}
+
+
+class Events(Answer):
+    """A part of the log. It has no end: `next` is where to go on, also when there is nothing yet."""
+
+    items: list[Event]
+    next: str
+    #: There is more already.
+    more: bool
+
+
+class NewWebhook(Document):
+    name: Text
+    #: http or https.
+    url: Text
+    #: Patterns such as rule.*; none: everything.
+    kinds: Kinds = []
+
+
+class Webhook(Answer):
+    id: int
+    name: str
+    account: str
+    url: str
+    kinds: list[str]
+    enabled: bool
+    created_at: datetime
+    delivered_at: datetime | None = None
+    #: Tries in a row that failed, since when, why the last one did, and when the next one is.
+    failures: int = 0
+    failing_since: datetime | None = None
+    last_error: str = ""
+    next_try_at: datetime | None = None
+    #: Nothing is waiting to be delivered.
+    up_to_date: bool = False
+
+
+class WebhookMade(Webhook, kw_only=True):
+    """Its secret is shown this once."""
+
+    secret: str
+
+
+class WebhookChange(Document):
+    enabled: bool
+    #: When it is enabled: leave out what happened meanwhile.
+    from_now: bool = False
+
+
+class Delivery(Answer):
+    """What a webhook is sent by POST.
+
+    `Replica-Signature` is `sha256=` and the HMAC-SHA256, with the webhook's secret, of the header
+    `Replica-Timestamp`, a dot, and the body. Events may come twice (tell them by their cursor), never not at all.
+    """
+
+    webhook: str
+    events: list[Event]
+
+
+# --- deletion -------------------------------------------------------------------------------------------------------
+
+
+class NewDeletion(Document):
+    """A person's wish that one copy of a file goes. What a rule protects stays, whoever asks."""
+
+    did: DidText
+    endpoint: Text
+    #: Also if it is the last good copy there is.
+    last_copy: bool = False
+
+
+class Deletion(Answer):
+    """The intent to remove one replica, and what became of it."""
+
+    id: int
+    did: str
+    endpoint: str
+    site: str
+    state: str
+    #: space | purge | drained | leftover | asked | asked_last | forgotten
+    why: str
+    bytes: int
+    #: Of the replica that is meant; no later one is ever removed.
+    generation: int
+    attempts: int
+    #: Who asked; None: the deletion pass.
+    account: str | None
+    reason: str | None
+    created_at: datetime
+    #: Until then it can be undone, and no worker is given it.
+    not_before: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class DeletionClaim(Document):
+    worker: Text
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 1_000
+
+
+class DeletionOrder(Answer):
+    """One replica to remove, as a site worker carries it out."""
+
+    deletion: int
+    epoch: int
+    did: str
+    generation: int
+    endpoint: str
+    url: str
+    path: str
+    #: What else is there is not this replica, and stays. None: known to be wrong, and not compared.
+    size: int | None
+
+
+class DeletionOrders(Answer):
+    orders: list[DeletionOrder]
+    lease_seconds: float
+    #: More is waiting: claim again as soon as there is room.
+    more: bool
+
+
+class DeletionBeat(Document):
+    deletion: Count
+    epoch: Epoch
+
+
+class DeletionHeartbeat(Document):
+    worker: Text
+    beats: Annotated[list[DeletionBeat], msgspec.Meta(max_length=BULK_MAX)]
+
+
+class DeletionOutcome(Document):
+    """*removed*: nothing is under that name any more, or nothing was. *failed*: `error` is the code of rules.errors.
+    *given_back*: nothing was done, the worker stops; does not count as an attempt."""
+
+    deletion: Count
+    epoch: Epoch
+    outcome: Literal["removed", "failed", "given_back"]
+    error: Text = ""
+    message: Annotated[str, msgspec.Meta(max_length=4_000)] = ""
+    retry_after_seconds: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+class DeletionReport(Document):
+    worker: Text
+    outcomes: Bulk[DeletionOutcome]

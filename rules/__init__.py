@@ -17,10 +17,19 @@ expressions, a superset of Rucio's, into trees and prints them back. `expression
 and when it selects none, which part of it became empty. `paths` makes of a file's name its path below an endpoint's
 root.
 
+**What is selected by its metadata.** `conditions` reads the language of searches and subscriptions, and says of one DID
+whether a condition holds; a database is asked the same.
+
 **The decisions.** `placement` chooses where missing copies go: what is already there first, then by space and lot,
 never two copies in one failure domain, never more than fits; and for what cannot be placed it has a reason for every
-candidate. `sources` ranks the copies a transfer can read from. `transfers` says what follows a failed attempt: another
-one after how long a pause, or the end. `permissions` says what an actor may do, and denies everything else.
+candidate. `changes` says which copies a rule keeps when it wishes something else, and `relocation` which copies are
+brought elsewhere, as their endpoint is drained or nothing arrives there any more. `approval` says whether a person must
+be asked first, and `estimates` when copies will be there, as far as links were measured. `sources` ranks the copies a
+transfer can read from. `transfers` says what follows a failed attempt: another one after how long a pause, or the end.
+`subscriptions` makes the wishes of a standing one for a DID, and says what its metadata lack. `events` reads which
+events somebody wants, and says when a server that did not take them is tried again. `quotas` says what an account may
+still keep where. `deletion` says which copies must stay whatever the need, and how many may go.
+`permissions` says what an actor may do, and denies everything else.
 
 A rule's life shows how they join: `permissions` lets the account ask; `expressions` turns the wish into candidates;
 `placement` gives locks and refusals; `sources` finds each transfer its best source; `transfers` answers every failure;

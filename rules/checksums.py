@@ -22,6 +22,9 @@ DIGITS: Mapping[str, int] = MappingProxyType({"sha256": 64, "xxh3_128": 32, "md5
 ALWAYS = ("xxh3_128", "adler32")
 
 
+_HEXADECIMAL = frozenset("0123456789abcdef")
+
+
 class Agreement(Enum):
     AGREE = "agree"  #: at least one common algorithm, and all common ones are equal
     DIFFER = "differ"  #: a common algorithm has two values
@@ -42,7 +45,7 @@ class Checksum:
         value = self.value.lower()
         if self.algorithm in ("adler32", "crc32c"):
             value = value.rjust(digits, "0")  # storages are known to drop leading zeros
-        if len(value) != digits or any(c not in "0123456789abcdef" for c in value):
+        if len(value) != digits or not _HEXADECIMAL.issuperset(value):
             raise Invalid(
                 f"{self.value[:80]!r} is not a value of {self.algorithm}", hint=f"it has {digits} hexadecimal digits"
             )

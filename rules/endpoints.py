@@ -40,6 +40,12 @@ class Endpoint:
     deletable: bool = True
     #: None: not known, taken as unlimited.
     free_bytes: int | None = None
+    #: Nothing new goes there, and what is there is brought elsewhere.
+    draining: bool = False
+    #: Out of service for good: no rule may use it.
+    decommissioned: bool = False
+    #: What a person said of why it cannot be used as usual; may be empty.
+    status: str = ""
 
     def value(self, key: str) -> AttributeValue | None:
         """A built-in key or an attribute; its own name is an attribute that is true, as in Rucio."""

@@ -26,6 +26,7 @@ from rules.names import Did, shown
 DEFAULT_LAYOUT = "identity"
 #: Scopes whose dots Rucio makes slashes. It asks no dot after these words: `users.x` is one of them.
 _SLASHED = ("user", "group")
+_NO_SEGMENT = frozenset(("", ".", ".."))
 
 
 def path_for(did: Did, layout: str) -> str:
@@ -35,7 +36,7 @@ def path_for(did: Did, layout: str) -> str:
         raise Invalid(f"{shown(layout)} is not a layout", hint=f"use one of {', '.join(LAYOUTS)}", field="layout")
     path = make(did)
     # A checked Did cannot lead out; one that was made without a check is stopped here.
-    if any(segment in ("", ".", "..") for segment in path.split("/")):
+    if not _NO_SEGMENT.isdisjoint(path.split("/")):
         raise Invalid(
             f"{shown(str(did))} has no path in layout {layout}", hint="it was not made by Did.parse", field="did"
         )

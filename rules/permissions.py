@@ -8,7 +8,8 @@ Partner   replica.api enforces it; every route names its action.
 | role  | may                                                                                          |
 |-------|----------------------------------------------------------------------------------------------|
 | admin | everything but a site's work: `orders.work` needs a site, and an administrator has none      |
-| user  | read everything; write scopes, DIDs, replicas and rules                                      |
+| user  | read everything but webhooks, whose URLs may be secret; write scopes, DIDs and replicas;     |
+|       | write rules and subscriptions, of its own account                                            |
 | site  | work off the orders of its own site (handlers take the site from the actor), ask for health  |
 """
 
@@ -19,10 +20,20 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-_NOUNS = ("site", "endpoint", "scope", "did", "replica", "rule", "transfer", "account")
+from rules.errors import NotAllowed
+
+_NOUNS = (
+    *("site", "endpoint", "scope", "did", "replica", "rule", "transfer", "account", "quota"),
+    *("subscription", "webhook", "deletion"),
+)
 
 #: All there are; a route names one of them.
-ACTIONS = frozenset(f"{noun}.{verb}" for noun in _NOUNS for verb in ("read", "write")) | {"orders.work", "service.read"}
+ACTIONS = frozenset(f"{noun}.{verb}" for noun in _NOUNS for verb in ("read", "write")) | {
+    "orders.work",
+    "service.read",
+    "event.read",
+    "rule.approve",
+}
 
 
 class Role(Enum):
@@ -31,12 +42,12 @@ class Role(Enum):
     USER = "user"
 
 
-_READING = frozenset(action for action in ACTIONS if action.endswith(".read"))
+_READING = frozenset(action for action in ACTIONS if action.endswith(".read")) - {"webhook.read"}
 
 _MAY: Mapping[Role, frozenset[str]] = MappingProxyType(
     {
         Role.ADMIN: ACTIONS - {"orders.work"},
-        Role.USER: _READING | {"scope.write", "did.write", "replica.write", "rule.write"},
+        Role.USER: _READING | {"scope.write", "did.write", "replica.write", "rule.write", "subscription.write"},
         Role.SITE: frozenset({"orders.work", "service.read"}),
     }
 )
@@ -65,8 +76,11 @@ class Denied:
         return False
 
 
-def may(actor: Actor, action: str, thing: str = "") -> Allowed | Denied:
-    """Whether `actor` may do `action`; `thing` is the name of what it is done to, for the reason."""
+def may(actor: Actor, action: str, thing: str = "", owner: str | None = None) -> Allowed | Denied:
+    """Whether `actor` may do `action`; `thing` is the name of what it is done to, for the reason.
+
+    With `owner`, the account that the thing belongs to, a user may change it only as that account.
+    """
     about = f" ({thing[:80]})" if thing else ""
     if action not in ACTIONS:
         return Denied(f"there is no action {action[:80]}")
@@ -74,4 +88,12 @@ def may(actor: Actor, action: str, thing: str = "") -> Allowed | Denied:
         return Denied(f"{actor.account}, as {actor.role.value}, may not {action}{about}")
     if actor.role is Role.SITE and not actor.site:
         return Denied(f"{actor.account} is a site's worker, but its token names no site")
+    if owner not in (None, actor.account) and actor.role is not Role.ADMIN and not action.endswith(".read"):
+        return Denied(f"{actor.account}, as {actor.role.value}, may not {action}{about}: it belongs to {owner}")
     return Allowed()
+
+
+def demand(actor: Actor, action: str, thing: str = "", owner: str | None = None) -> None:
+    """NotAllowed where `may` denies it."""
+    if isinstance(answer := may(actor, action, thing, owner), Denied):
+        raise NotAllowed(answer.reason, hint=f"{owner} may, or an administrator" if owner else "ask an administrator")

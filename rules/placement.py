@@ -3,8 +3,9 @@
 Given     a wish for n copies, the units to place with what is already where, the endpoints an expression selected.
 Returns   a Plan: a Choice for each copy to make, and a Refusal for each unit that cannot have all of its copies.
 Promises  same facts, same plan, in whatever order they come; never more copies than wished; no two copies of a unit
-          in one failure domain; never more bytes than an endpoint or a quota has left, over the whole plan; a unit
-          gets all the copies for which there are domains, and a refused one delays no other.
+          in one failure domain; never more bytes than an endpoint or a quota has left, over the whole plan, also
+          where several endpoints share one quota; a unit gets all the copies for which there are domains, as far as
+          these quotas reach, and a refused one delays no other.
 Partner   replica.catalog.rules gathers the facts and makes the locks.
 
 **Order.** An endpoint that already holds more of the unit comes first: bytes that need not move are the best bytes.
@@ -15,7 +16,10 @@ endpoint takes its share from the others without moving anything between them. T
 
 **Enough domains.** Every endpoint lies in one failure domain, and whether it can take a unit does not depend on the
 other copies of the same unit. Going through the endpoints in order and leaving out used domains therefore finds the
-best endpoint of each domain, and as many copies as there are domains with one that fits.
+best endpoint of each domain, and as many copies as there are domains with one that fits. A quota that endpoints share
+is used up by the copies before: then the order says who gets what is left of it.
+
+**What counts against a quota** is what the account does not keep at the endpoint already, whether or not it must move.
 
 **Locks the rule already holds** count as copies and use up their domain; they are never moved here. A lock outside of
 the candidates counts too, but of its domain only the endpoint is known.
@@ -26,13 +30,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from rules.endpoints import Endpoint, Obstacle, attribute_text
 from rules.errors import Broken
 from rules.quantities import human_bytes
 
-__all__ = ["Choice", "Obstacle", "Plan", "Refusal", "Unit", "Wish", "place"]
+__all__ = ["Choice", "Obstacle", "Plan", "Quota", "Refusal", "Unit", "Wish", "domain_of", "place"]
 
 #: What an endpoint whose free space is not known counts for among the others: 1 PB. What fits there is not limited.
 UNMEASURED_BYTES = 10**15
@@ -46,6 +51,17 @@ class Unit:
     bytes: int
     present: Mapping[int, int]  #: endpoint id → bytes of this unit already there, available or on their way
     locked: frozenset[int] = frozenset()  #: endpoints where this rule already holds a lock on it: these are copies
+    #: endpoint id → bytes of it that its account keeps there already
+    charged: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    left: frozenset[int] = frozenset()  #: endpoints it was brought away from, and to which it does not go back yet
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What an account may still keep, at all of these endpoints together."""
+
+    endpoint_ids: frozenset[int]
+    bytes_left: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +97,9 @@ class Plan:
     refusals: tuple[Refusal, ...]
 
 
-def place(
-    wish: Wish, units: Sequence[Unit], candidates: Sequence[Endpoint], quota_left: Mapping[int, int] | None = None
-) -> Plan:
-    """Where the missing copies of `units` go. An endpoint that is not in `quota_left` has no quota."""
-    placing = _Placing(wish, candidates, quota_left or {})
+def place(wish: Wish, units: Sequence[Unit], candidates: Sequence[Endpoint], quotas: Sequence[Quota] = ()) -> Plan:
+    """Where the missing copies of `units` go. An endpoint that no quota names is free of them."""
+    placing = _Placing(wish, candidates, quotas)
     choices: list[Choice] = []
     refusals: list[Refusal] = []
     for unit in sorted(units, key=lambda u: u.id):  # the oldest first, whatever the order of the facts
@@ -99,12 +113,13 @@ def place(
 class _Placing:
     """One plan while it is being made: the space and quota that are still left."""
 
-    def __init__(self, wish: Wish, candidates: Iterable[Endpoint], quota_left: Mapping[int, int]) -> None:
+    def __init__(self, wish: Wish, candidates: Iterable[Endpoint], quotas: Sequence[Quota]) -> None:
         self._wish = wish
         self._endpoints = {e.id: e for e in sorted(candidates, key=lambda e: (e.name, e.id))}
         self._free = {e.id: e.free_bytes for e in self._endpoints.values() if e.free_bytes is not None}
-        self._quota = dict(quota_left)
-        self._domain = {e.id: _domain_of(e, wish.spread) for e in self._endpoints.values()}
+        self._quota_left = [quota.bytes_left for quota in quotas]
+        self._quotas = {e: [i for i, quota in enumerate(quotas) if e in quota.endpoint_ids] for e in self._endpoints}
+        self._domain = {e.id: domain_of(e, wish.spread) for e in self._endpoints.values()}
         self._weight = {e.id: _weight_of(e, wish.weight) for e in self._endpoints.values()}
 
     def take(self, unit: Unit) -> tuple[list[Choice], int]:
@@ -138,9 +153,10 @@ class _Placing:
 
     def _choose(self, unit: Unit, endpoint: Endpoint) -> Choice:
         new_bytes = _new_bytes(unit, endpoint)
-        for left in (self._free, self._quota):
-            if endpoint.id in left:
-                left[endpoint.id] -= new_bytes
+        if endpoint.id in self._free:
+            self._free[endpoint.id] -= new_bytes
+        for quota in self._quotas[endpoint.id]:
+            self._quota_left[quota] -= _charge(unit, endpoint)
         return Choice(unit.id, endpoint.id, new_bytes, _why(unit, endpoint, new_bytes))
 
     def _in_order(self, unit: Unit) -> list[Endpoint]:
@@ -178,13 +194,20 @@ class _Placing:
             return no("domain_used", f"shares {self._wish.spread} {domain} with {used[domain]}, which has a copy")
         if self._weight[endpoint.id] is None:
             return no("no_weight", f"its attribute {self._wish.weight} is not a number above 0")
+        because = f": {endpoint.status}" if endpoint.status else ""
+        if endpoint.draining:
+            return no("draining", f"is being drained{because}")
+        if endpoint.id in unit.left:
+            return no("left", "the copy was brought away from there, and does not go back yet")
         if not endpoint.writable and not _is_whole_at(unit, endpoint):
-            return no("writing_off", "writing is off")
+            return no("writing_off", f"writing is off{because}")
         # What brings no new bytes needs no room, even where there is less than none.
         if new_bytes > max(self._free.get(endpoint.id, new_bytes), 0):
             return no("no_space", f"{human_bytes(new_bytes - max(self._free[endpoint.id], 0))} short")
-        if new_bytes > max(self._quota.get(endpoint.id, new_bytes), 0):
-            return no("over_quota", f"quota {human_bytes(new_bytes - max(self._quota[endpoint.id], 0))} short")
+        charge = _charge(unit, endpoint)
+        quota_left = min((self._quota_left[quota] for quota in self._quotas[endpoint.id]), default=charge)
+        if charge > max(quota_left, 0):
+            return no("over_quota", f"quota {human_bytes(charge - max(quota_left, 0))} short")
         return None
 
     def _too_few_candidates(self, unit: Unit) -> Iterable[Obstacle]:
@@ -197,7 +220,7 @@ class _Placing:
             yield Obstacle(None, "too_few_candidates", f"{wanted}; the candidates allow {possible}")
 
 
-def _domain_of(endpoint: Endpoint, spread: str) -> str | None:
+def domain_of(endpoint: Endpoint, spread: str) -> str | None:
     """The failure domain as a text; None for an endpoint without the attribute."""
     if spread == "endpoint":
         return endpoint.name
@@ -223,6 +246,10 @@ def _is_whole_at(unit: Unit, endpoint: Endpoint) -> bool:
 
 def _new_bytes(unit: Unit, endpoint: Endpoint) -> int:
     return max(0, unit.bytes - unit.present.get(endpoint.id, 0))
+
+
+def _charge(unit: Unit, endpoint: Endpoint) -> int:
+    return max(0, unit.bytes - unit.charged.get(endpoint.id, 0))
 
 
 def _draw(rule_id: int, unit_id: int, endpoint_id: int) -> float:

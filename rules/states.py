@@ -83,7 +83,7 @@ class DeletionState(Coded):
     CLAIMED = 2  #: a worker holds a lease; the bytes may be gone at any moment
     DONE = 3  #: the bytes are gone, and so is the replica
     FAILED = 4  #: attempts used up; the replica stays and is looked at again
-    UNDONE = 5  #: taken back before a worker claimed it: the replica is what it was
+    UNDONE = 5  #: taken back while no worker had it: the replica is what it was, if the bytes cannot be gone
 
 
 class TransferEvent(Enum):
@@ -136,7 +136,9 @@ REPLICA: Mapping[ReplicaState, frozenset[ReplicaState]] = MappingProxyType(
         _R.AVAILABLE: frozenset({_R.UNAVAILABLE, _R.BAD, _R.DELETING}),
         _R.UNAVAILABLE: frozenset({_R.AVAILABLE, _R.BAD, _R.DELETING}),
         _R.BAD: frozenset({_R.COPYING, _R.AVAILABLE, _R.DELETING}),
-        _R.DELETING: frozenset({_R.AVAILABLE}),  # a new rule revives it until the order was claimed; else the row goes
+        # Undone before the order was claimed it is what it was; could the bytes not be removed, nobody knows what is
+        # there; wanted anew after they were, it is on its way again; else the row goes.
+        _R.DELETING: frozenset({_R.AVAILABLE, _R.UNAVAILABLE, _R.BAD, _R.COPYING}),
     }
 )
 
@@ -156,7 +158,8 @@ _D = DeletionState
 DELETION: Mapping[DeletionState, frozenset[DeletionState]] = MappingProxyType(
     {
         _D.QUEUED: frozenset({_D.CLAIMED, _D.UNDONE}),
-        _D.CLAIMED: frozenset({_D.QUEUED, _D.DONE, _D.FAILED}),  # QUEUED: the lease ran out, or it is tried again
+        # QUEUED: the lease ran out, or it is tried again; UNDONE: it is not, as a rule wants the copy again.
+        _D.CLAIMED: frozenset({_D.QUEUED, _D.DONE, _D.FAILED, _D.UNDONE}),
         _D.DONE: frozenset(),
         _D.FAILED: frozenset(),
         _D.UNDONE: frozenset(),

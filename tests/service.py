@@ -95,7 +95,7 @@ async def _end_others() -> None:
 
 
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[tuple[str, int]]:
+def listening(app: Any, port: int = 0) -> Iterator[tuple[str, int]]:
     """An application served on loopback for the time of the block."""
     log.configure("info")
     loop = asyncio.new_event_loop()
@@ -106,7 +106,7 @@ def listening(app: Any) -> Iterator[tuple[str, int]]:
         return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
     try:
-        runner, port = run(start(app, "127.0.0.1", 0))
+        runner, port = run(start(app, "127.0.0.1", port))
         try:
             yield "127.0.0.1", port
         finally:

@@ -33,6 +33,8 @@ class Entry:
     #: The hint that brings it forward; None: nothing does, the interval is soon enough.
     woken_by: str | None
     what: str
+    #: Settings that it is given by their names.
+    settings: tuple[str, ...] = ()
 
     def function(self) -> Any:
         module, _, name = self.run.partition(":")
@@ -46,7 +48,28 @@ USUAL_PACE_SECONDS = 5.0
 TIMETABLE = (
     Entry("evaluation", "workers.evaluation:evaluate", 5, CONTROL, "rules that are due: place copies, order transfers"),
     Entry("leases", "workers.leases:release", 5, None, "orders whose worker fell silent: back to the queue"),
+    Entry("deletion", "workers.deletion:delete", 20, None, "copies nobody protects: decide which go, by need of space"),
+    Entry("removals", "workers.deletion:release", 10, None, "deletions whose worker fell silent: back to the queue"),
+    Entry("subscriptions", "workers.subscriptions:apply", 5, CONTROL, "data that is new or changed: make its rules"),
+    Entry("events", "workers.events:deliver", 5, CONTROL, "what happened: tell webhooks"),
+    Entry(
+        "old_events",
+        "workers.events:forget",
+        3600,
+        None,
+        "events that are old: forget them",
+        ("keep_transfer_events_days", "keep_events_days"),
+    ),
+    Entry("usage", "workers.usage:note", 3600, None, "what accounts hold: written down, to be told over time"),
     Entry("expiry", "workers.expiry:expire", 10, None, "rules whose lifetime is over: they protect nothing any more"),
+    Entry(
+        "did_expiry",
+        "workers.expiry:expire_dids",
+        10,
+        None,
+        "DIDs whose lifetime is over are deleted; those deleted long ago are gone for good",
+        ("undelete_seconds",),
+    ),
     Entry(
         "forgetting", "workers.expiry:forget", 3600, None, "answers kept for repeated requests: those of last week go"
     ),

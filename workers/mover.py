@@ -7,6 +7,8 @@ Promises  an order is worked on only while its lease is known to be alive, by th
           twice does no harm; a failure of the target never blames a source; nothing ends the loop but `stop`.
 Partner   replica.storage.copy moves one file; replica.catalog.transfers gives orders and takes reports.
 
+Beside all that goes workers.removing, which removes what the site shall keep no longer.
+
     claim ──▶ waiting ──▶ a slot: one large file, or a list of small ones ──▶ outcomes ──▶ report
       ▲          │                       ▲
       └── room ──┘          heartbeat ───┘  every third of a lease: progress there, "stop these" back
@@ -34,6 +36,7 @@ from replica.log import Sparing, get_logger
 from replica.storage.base import Storage
 from rules.errors import Invalid, NoSpace, NotAllowed, NotAuthenticated, ReplicaError, Unavailable
 from workers.carrying import LIST_BYTES, LIST_FILES, Carrier, Held
+from workers.removing import Remover
 from workers.storages import Storages
 
 #: A lease counts as lost when this part of it has passed without an answer: the server's clock is not ours.
@@ -104,13 +107,17 @@ class Mover:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._state_lock = threading.Lock()
         self._stopping = False
-        self._sparing = {what: Sparing(60) for what in ("claim", "report", "heartbeat")}
+        self._sparing = {what: Sparing(60) for what in ("claim", "report", "heartbeat", "removals")}
 
     # ── from outside ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def wake(self) -> None:
         """There may be orders: look now. From any thread, at any time."""
-        self._from_outside(lambda: self._woken.set())
+        self._from_outside(self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._woken.set()
+        self.remover.wake()
 
     def stop(self) -> None:
         """Claim nothing more, finish or give back what is held, report, and return from `run`."""
@@ -134,6 +141,15 @@ class Mover:
         self._holding = asyncio.Event()
         self._to_report = asyncio.Event()
         self._carrier = Carrier(self._storages, self._finish, concurrency=self.concurrency)
+        self.remover = Remover(
+            self._speak,
+            self._trouble,
+            self._storages,
+            worker=self.worker,
+            stopping=self._stop_asked,
+            poll_seconds=self.poll_seconds,
+            dice=self._dice,
+        )
         with self._state_lock:
             self._loop = asyncio.get_running_loop()
             if self._stopping:
@@ -142,21 +158,24 @@ class Mover:
         slots = [asyncio.create_task(self._slot()) for _ in range(self.concurrency)]
         claimer = asyncio.create_task(self._claim_for_ever())
         others = [asyncio.create_task(self._beat_for_ever()), asyncio.create_task(self._report_for_ever())]
+        removing = asyncio.create_task(self.remover.run())
         self._log.info("mover.started", server=self.server, concurrency=self.concurrency)
         try:
             asked = asyncio.create_task(self._stop_asked.wait())
-            tasks = [asked, claimer, *others, *slots]
+            tasks = [asked, claimer, removing, *others, *slots]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks[1:]:
                 if task.done():
                     task.result()  # none of them ends by itself: this raises what went wrong
             await self._wind_up(claimer)
+            # What it holds is given back and told; while the server does not answer, nothing else can be done for it.
+            await asyncio.wait([removing], timeout=self.stop_seconds / 4)
         finally:
-            for task in (*slots, claimer, *others, *self._background):
+            for task in (*slots, claimer, removing, *others, *self._background):
                 task.cancel()
             for held in self._held.values():
                 held.control.stop()
-            await asyncio.gather(*slots, claimer, *others, *self._background, return_exceptions=True)
+            await asyncio.gather(*slots, claimer, removing, *others, *self._background, return_exceptions=True)
             with self._state_lock:
                 self._loop = None
             self.busy_since = None

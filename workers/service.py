@@ -102,7 +102,7 @@ def run_control(settings: Settings) -> int:
         )
     life = Life()
     db = Database(settings.database_url, pool_size=len(TIMETABLE) + 1)
-    passes = Passes(db, pace_seconds=settings.control_interval_seconds)
+    passes = Passes(db, pace_seconds=settings.control_interval_seconds, settings=settings)
     hints = Hints(settings.broker_url, also=passes.wake)
     db.on_commit = hints.wake
     with ExitStack() as stack:
@@ -123,8 +123,9 @@ def run_control(settings: Settings) -> int:
 class Passes:
     """All of the timetable, each pass in a loop of its own."""
 
-    def __init__(self, db: Any, *, pace_seconds: float) -> None:
+    def __init__(self, db: Any, *, pace_seconds: float, settings: Settings | None = None) -> None:
         self._db = db
+        self._settings = settings or Settings()
         self._log = log.get_logger()
         self._ready = False
         self._ready_lock = threading.Lock()
@@ -169,7 +170,8 @@ class Passes:
     def _run(self, entry: Entry) -> bool:
         self._check_schema()
         began = time.monotonic()
-        report: Report = entry.function()(self._db)
+        given = {name: getattr(self._settings, name) for name in entry.settings}
+        report: Report = entry.function()(self._db, **given)
         if report.seen:
             seconds = round(time.monotonic() - began, 3)
             self._log.info("pass.done", name=entry.name, seen=report.seen, done=report.done, seconds=seconds)

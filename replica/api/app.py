@@ -9,6 +9,7 @@ Partner   `replica serve` and replica.embedded start it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from importlib import metadata
 
@@ -16,32 +17,45 @@ import aiohttp.web_response
 from aiohttp import web
 
 from replica.api import (
+    accounts,
+    deletions,
     dids,
     endpoints,
+    events,
     middleware,
     orders,
+    quotas,
     replicas,
     rules,
     scopes,
     service,
     sites,
+    subscriptions,
     transfers,
+    webhooks,
 )
 from replica.api.routing import BULK_BODY_MAX, Facts, Routes
 from replica.api.work import Work
 from replica.db.engine import Database
+from rules.deletion import UNDELETE_SECONDS
 
 NOUNS: tuple[Routes, ...] = (
     service.outside,
     service.routes,
+    accounts.routes,
+    quotas.routes,
     sites.routes,
     endpoints.routes,
     scopes.routes,
     dids.routes,
     replicas.routes,
     rules.routes,
+    subscriptions.routes,
     transfers.routes,
+    deletions.routes,
     orders.routes,
+    events.routes,
+    webhooks.routes,
 )
 
 #: How long a stop waits for the requests that have begun.
@@ -56,9 +70,15 @@ LINGERING_SECONDS = 3.0
 aiohttp.web_response.SERVER_SOFTWARE = "replica"  # type: ignore[attr-defined]
 
 
-def create_app(db: Database, *, lease_seconds: float = 120.0, retry_base_seconds: float = 30.0) -> web.Application:
+def create_app(
+    db: Database,
+    *,
+    lease_seconds: float = 120.0,
+    retry_base_seconds: float = 30.0,
+    undelete_seconds: float = UNDELETE_SECONDS,
+) -> web.Application:
     work = Work(db)
-    facts = Facts(lease_seconds=lease_seconds, retry_base_seconds=retry_base_seconds)
+    facts = Facts(lease_seconds, retry_base_seconds, undelete_seconds)
     app = web.Application(
         middlewares=[middleware.answering, middleware.guard(work, facts)], client_max_size=BULK_BODY_MAX
     )
@@ -73,6 +93,7 @@ def create_app(db: Database, *, lease_seconds: float = 120.0, retry_base_seconds
 
     async def stopping(app: web.Application) -> None:
         app[service.STOPPING].append(True)
+        app[events.FEED].stop()
 
     async def ending(app: web.Application) -> AsyncIterator[None]:
         yield
@@ -80,6 +101,7 @@ def create_app(db: Database, *, lease_seconds: float = 120.0, retry_base_seconds
 
     app.on_shutdown.append(stopping)
     app.cleanup_ctx.append(ending)
+    app.cleanup_ctx.append(functools.partial(events.feeding, db=db, work=work))
     return app
 
 

@@ -19,7 +19,7 @@ class Selection(Paging):
 @routes.post("/endpoints", "endpoint.write", status=201)
 async def add(context: Context, body: wire.NewEndpoint) -> wire.Endpoint:
     """Add an endpoint."""
-    return await context.write(endpoints.add, body)
+    return await context.write(endpoints.add, body, context.actor)
 
 
 @routes.get("/endpoints", "endpoint.read")
@@ -36,8 +36,51 @@ async def show(context: Context, endpoint: str) -> wire.Endpoint:
 
 @routes.patch("/endpoints/{endpoint}", "endpoint.write")
 async def change(context: Context, endpoint: str, body: wire.EndpointChange) -> wire.Endpoint:
-    """Change attributes, abilities or capacity of an endpoint."""
-    return await context.write(endpoints.change, endpoint, body)
+    """Change attributes, abilities, capacity or how an endpoint is cleaned up."""
+    return await context.write(endpoints.change, endpoint, body, context.actor)
+
+
+@routes.post("/endpoints/{endpoint}/ban", "endpoint.write")
+async def ban(context: Context, endpoint: str, body: wire.Ban) -> wire.Endpoint:
+    """Switch reading, writing or deleting off, and say why."""
+    return await context.write(endpoints.ban, endpoint, body, context.actor)
+
+
+@routes.post("/endpoints/{endpoint}/unban", "endpoint.write")
+async def unban(context: Context, endpoint: str) -> wire.Endpoint:
+    """Switch reading, writing and deleting on again."""
+    return await context.write(endpoints.unban, endpoint, context.actor)
+
+
+@routes.post("/endpoints/{endpoint}/drain", "endpoint.write")
+async def drain(context: Context, endpoint: str, body: wire.Drain) -> wire.Endpoint:
+    """Bring elsewhere what is protected at an endpoint, or stop doing so."""
+    return await context.write(endpoints.drain, endpoint, body, context.actor)
+
+
+@routes.post("/endpoints/{endpoint}/decommission", "endpoint.write")
+async def decommission(context: Context, endpoint: str, body: wire.Decommission) -> wire.Endpoint:
+    """Take an endpoint out of service for good."""
+    return await context.write(endpoints.decommission, endpoint, body, context.actor)
+
+
+class Ways(Paging):
+    source: Word | None = None
+    target: Word | None = None
+
+
+@routes.get("/links", "endpoint.read")
+async def links(context: Context, query: Ways) -> wire.Page[wire.Link]:
+    """List what is known of the ways between endpoints."""
+    return await context.read(
+        endpoints.list_links, source=query.source, target=query.target, cursor=query.cursor, limit=query.limit
+    )
+
+
+@routes.patch("/links", "endpoint.write")
+async def set_link(context: Context, body: wire.LinkChange) -> wire.Link:
+    """Set the distance from one endpoint to another, or forbid the way."""
+    return await context.write(endpoints.set_link, body, context.actor)
 
 
 @routes.post("/endpoints/{endpoint}/space", "orders.work")

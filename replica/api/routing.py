@@ -73,6 +73,7 @@ class Facts:
 
     lease_seconds: float
     retry_base_seconds: float
+    undelete_seconds: float
 
 
 @dataclass(slots=True)
@@ -178,7 +179,10 @@ class Route:
             return await _send_lines(request, answer)
         if self.status == HTTPStatus.NO_CONTENT:
             return web.Response(status=self.status)
-        return _json(self.status, encode(answer))
+        response = _json(self.status, encode(answer))
+        if isinstance(version := getattr(answer, "version", None), int):
+            response.headers["ETag"] = f'"{version}"'
+        return response
 
     def _of_path(self, request: web.Request) -> dict[str, Any]:
         if not self.parameters:
@@ -219,8 +223,8 @@ class Routes:
     def post(self, path: str, action: str, **more: Any) -> Callable[[T], T]:
         return self._add("POST", path, action, **more)
 
-    def patch(self, path: str, action: str) -> Callable[[T], T]:
-        return self._add("PATCH", path, action)
+    def patch(self, path: str, action: str, **more: Any) -> Callable[[T], T]:
+        return self._add("PATCH", path, action, **more)
 
     def delete(self, path: str, action: str, **more: Any) -> Callable[[T], T]:
         return self._add("DELETE", path, action, **more)
@@ -291,7 +295,7 @@ def _segment(raw: str, name: str) -> str:
 
 def _whole_number(text: str, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 19) or int(text) >= 2**63:
-        raise Invalid(f"{text[:40]!a} is not a number", field=name)
+        raise Invalid(f"{text[:40]!a} is not the number of anything", hint="write it as lists show it", field=name)
     return int(text)
 
 

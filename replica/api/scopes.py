@@ -20,3 +20,9 @@ async def add(context: Context, body: wire.NewScope) -> wire.Scope:
 async def list_(context: Context, query: Paging) -> wire.Page[wire.Scope]:
     """List scopes."""
     return await context.read(scopes.list_page, query.cursor, query.limit)
+
+
+@routes.get("/scopes/{scope}", "scope.read")
+async def show(context: Context, scope: str) -> wire.Scope:
+    """Show a scope."""
+    return await context.read(scopes.get, scope)

@@ -45,7 +45,12 @@ async def _serve(settings: Settings, db: Database) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    app = create_app(db, lease_seconds=settings.lease_seconds, retry_base_seconds=settings.retry_base_seconds)
+    app = create_app(
+        db,
+        lease_seconds=settings.lease_seconds,
+        retry_base_seconds=settings.retry_base_seconds,
+        undelete_seconds=settings.undelete_seconds,
+    )
     try:
         runner, port = await start(app, host, port)
     except OSError as error:

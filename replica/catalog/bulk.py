@@ -8,6 +8,7 @@ Promises  one statement sent on PostgreSQL whatever the number of rows, three on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,11 +26,10 @@ Columns = Mapping[str, TypeEngine[Any]]
 def rows_of(s: Session, name: str, columns: Columns, rows: Sequence[Sequence[Any]]) -> sa.FromClause:
     """`name` with `columns`, holding `rows`. On SQLite it lives until the next call with the same name."""
     if s.postgresql:
+        values = list(zip(*rows, strict=True)) or [()] * len(columns)
         arrays = [
-            sa.cast(
-                sa.bindparam(None, _array(s, type_, [row[i] for row in rows]), sa.Text(), unique=True), ARRAY(type_)
-            )
-            for i, type_ in enumerate(columns.values())
+            sa.cast(sa.bindparam(None, _array(s, type_, column), sa.Text(), unique=True), ARRAY(type_))
+            for type_, column in zip(columns.values(), values, strict=True)
         ]
         typed = [sa.column(column, type_) for column, type_ in columns.items()]
         return sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
@@ -57,14 +57,24 @@ def insert(s: Session, table: sa.Table) -> Any:
     return postgresql.insert(table) if s.postgresql else sqlite.insert(table)
 
 
-def _array(s: Session, type_: TypeEngine[Any], values: list[Any]) -> str:
+def _array(s: Session, type_: TypeEngine[Any], values: Sequence[Any]) -> str:
     """The values as PostgreSQL writes an array: several times faster than the driver, which looks at each by itself."""
-    process = type_.dialect_impl(s.connection.dialect).bind_processor(s.connection.dialect)
-    if process is not None and not isinstance(type_, sa.LargeBinary):  # which would wrap them for the driver
+    kind = type_.dialect_impl(s.connection.dialect)
+    process: Any = kind.bind_processor(s.connection.dialect)
+    if isinstance(kind, sa.JSON):  # which the driver would wrap as well
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    elif process is not None and not isinstance(type_, sa.LargeBinary):  # which would wrap them for the driver
         values = [process(value) for value in values]
     kinds = set(map(type, values))
     if kinds == {int}:
         return f"{{{','.join(map(str, values))}}}"
+    if kinds == {type(None)}:
+        return f"{{{','.join(['NULL'] * len(values))}}}"
+    if kinds == {str}:
+        text = "\n".join(values)
+        if "\\" not in text and '"' not in text:
+            text = '","'.join(values)
+            return f'{{"{text}"}}'
     return f"{{{','.join(map(_written, values))}}}"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 LIMIT_MAX = 1_000
 _ID_MAX = 2**63 - 1
+_SORTED_LENGTH_MAX = 5_000
+_NUMBER = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,4})?")
 
 
 def check_limit(limit: int) -> int:
@@ -31,7 +34,7 @@ def check_limit(limit: int) -> int:
     return limit
 
 
-def pack(*key: int) -> str:
+def pack(*key: int | str) -> str:
     return base64.urlsafe_b64encode(json.dumps(key, separators=(",", ":")).encode()).decode().rstrip("=")
 
 
@@ -39,17 +42,38 @@ def unpack(cursor: str | None, length: int = 1) -> tuple[int, ...] | None:
     """The key in `cursor`; None for None."""
     if cursor is None:
         return None
+    key = _decoded(cursor, 200)
+    if len(key) != length or not all(type(part) is int and -1 <= part <= _ID_MAX for part in key):
+        raise _foreign()
+    return tuple(key)
+
+
+def unpack_sorted(cursor: str) -> tuple[int, str, str, int]:
+    """Of a list that is sorted by values: their kind, a number as its digits, a text, and an id."""
+    match _decoded(cursor, _SORTED_LENGTH_MAX):
+        case [int(kind), str(number), str(text), int(last)] if (
+            _NUMBER.fullmatch(number) and 0 <= kind <= 9 and 0 <= last <= _ID_MAX and _is_text(text)
+        ):
+            return kind, number, text, last
+    raise _foreign()
+
+
+def _decoded(cursor: str, length_max: int) -> list[Any]:
     key: Any = None
-    if len(cursor) <= 200:
+    if len(cursor) <= length_max:
         with contextlib.suppress(ValueError):  # what base64, UTF-8 and JSON raise alike
             key = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
-    if (
-        not isinstance(key, list)
-        or len(key) != length
-        or not all(type(part) is int and -1 <= part <= _ID_MAX for part in key)
-    ):
-        raise Invalid("the cursor is not one of ours", hint="use the `next` of the page before", field="cursor")
-    return tuple(key)
+    if not isinstance(key, list):
+        raise _foreign()
+    return key
+
+
+def _is_text(text: str) -> bool:
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
+
+
+def _foreign() -> Invalid:
+    return Invalid("the cursor is not one of ours", hint="use the `next` of the page before", field="cursor")
 
 
 def page(rows: Sequence[R], limit: int, item: Callable[[R], T], key: Callable[[R], tuple[Any, ...]]) -> wire.Page[T]:

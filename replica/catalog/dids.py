@@ -2,35 +2,48 @@
 
 Given     names, as rules.names.Did.
 Returns   what they are, what they hold, where the list goes on.
-Promises  a dataset holds files only and a container none; nothing contains itself; what is closed does not change. A
-          child is covered by the rules of its parents in the transaction that attaches it. The number of statements
-          does not depend on the number of children.
-Partner   replica.catalog.locks keeps rules true to the contents; replica.catalog.replicas brings files into being.
+Promises  a dataset holds files only and a container none; nothing contains itself; what is closed does not change;
+          nothing is taken out of what is monotonic. A child is covered by the rules of its parents in the transaction
+          that attaches it. The number of statements does not depend on the number of children. What is deleted is not
+          found, and its name stays taken.
+Partner   replica.catalog.locks keeps rules true to the contents; replica.catalog.replicas brings files into being;
+          replica.catalog.did_deletion deletes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import accounts, bulk, cursors, guards, locks, membership, scopes
+from replica.catalog import (
+    accounts,
+    bulk,
+    conditions,
+    cursors,
+    guards,
+    history,
+    locks,
+    membership,
+    outbox,
+    scopes,
+    totals,
+)
 from replica.catalog.documents import check_metadata
 from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import dids, files
 from rules.checksums import DIGITS
+from rules.conditions import PATTERN_LENGTH_MAX, STARS_MAX, parse
 from rules.errors import AlreadyExists, Invalid, NotFound, Refused, ReplicaError
 from rules.names import Did, shown
 from rules.permissions import Actor
 from rules.states import DidKind
 
-#: A pattern with more stars takes a database longer than anybody waits.
-STARS_MAX = 5
-PATTERN_LENGTH_MAX = 1_024
 #: How many offending items of a bulk call are listed one by one.
 ITEMS_MAX = 100
 
@@ -39,41 +52,71 @@ _HOLDS = {DidKind.DATASET: {DidKind.FILE}, DidKind.CONTAINER: {DidKind.DATASET, 
 
 def add(s: Session, actor: Actor, new: wire.NewDid) -> wire.Did:
     did = Did.parse(new.did)
+    account_id = accounts.account_id(s, actor.account)
     values = {
         "scope_id": scopes.ids(s, [did.scope])[did.scope],
         "name": did.name,
         "kind": DidKind[new.kind.upper()],
-        "account_id": accounts.account_id(s, actor.account),
+        "account_id": account_id,
         "metadata": check_metadata(new.metadata) or sa.null(),
         "created_at": s.now,
+        "monotonic": new.monotonic,
+        "expires_at": None if new.lifetime_seconds is None else s.now + timedelta(seconds=new.lifetime_seconds),
     }
+    if values["kind"] is DidKind.DATASET:
+        values |= {"files_total": 0, "bytes_total": 0}
     made = bulk.insert(s, dids).values(values).on_conflict_do_nothing()
-    if s.execute(made.returning(dids.c.id)).one_or_none() is None:
+    did_id = s.execute(made.returning(dids.c.id)).scalar_one_or_none()
+    if did_id is None:
+        refuse_deleted(s, [did], "did")
         _, kind = row_id(s, did)
-        raise AlreadyExists(f"there is a {kind.label} {did} already", field="did")
+        raise AlreadyExists(f"there is a {kind.label} {did} already", hint="choose another name", field="did")
+    outbox.record(s, "did.created", did_id, account_id, did=str(did), kind=new.kind)
     return get(s, did)
 
 
-def get(s: Session, did: Did) -> wire.Did:
-    """With size and number of files; of a dataset or container those of everything in it, each file once."""
-    row = s.execute(_select().where(tables.scopes.c.name == did.scope, dids.c.name == did.name)).one_or_none()
+def get(s: Session, did: Did, *, deleted: bool = False) -> wire.Did:
+    """With size and number of files; of a dataset or container those of everything in it, each file once.
+
+    `deleted`: also when it was deleted.
+    """
+    query = select().where(tables.scopes.c.name == did.scope, dids.c.name == did.name)
+    row = s.execute(query if deleted else query.where(dids.c.deleted_at.is_(None))).one_or_none()
     if row is None:
-        raise _missing(did)
-    answer = _did(row)
-    if row.kind is not DidKind.FILE:
-        tree = membership.closure_of(row.id)
-        held = (
-            sa.select(files.c.did_id, files.c.size_bytes)
-            .distinct()
-            .select_from(tree)
-            .join(tables.contents, tables.contents.c.parent_id == tree.c.id)
-            .join(files, files.c.did_id == tables.contents.c.child_id)
-            .subquery()
-        )
-        total = sa.func.coalesce(sa.func.sum(held.c.size_bytes), 0)
-        answer.files, size = s.execute(sa.select(sa.func.count(), total).select_from(held)).one()
-        answer.size = int(size)
+        raise _missing(s, did)
+    answer = as_wire(row)
+    if row.kind is DidKind.CONTAINER:
+        answer.files, answer.size = _held(s, row.id)
     return answer
+
+
+def _held(s: Session, container_id: int) -> tuple[int, int]:
+    """Files below a container, and their bytes, each file once.
+
+    What a dataset holds that shares none of its files is read from its row; only the others are looked into.
+    """
+    tree = membership.closure_of(container_id)
+    alone = (
+        sa.select(sa.func.sum(dids.c.files_total), sa.func.sum(dids.c.bytes_total))
+        .select_from(tree)
+        .join(dids, dids.c.id == tree.c.id)
+        .where(sa.not_(dids.c.shared))
+    )
+    held = (
+        sa.select(files.c.did_id, files.c.size_bytes)
+        .distinct()
+        .select_from(tree)
+        .join(dids, dids.c.id == tree.c.id)
+        .join(tables.contents, tables.contents.c.parent_id == tree.c.id)
+        .join(files, files.c.did_id == tables.contents.c.child_id)
+        .where(dids.c.shared)
+        .subquery()
+    )
+    shared = sa.select(sa.func.count(), sa.func.sum(held.c.size_bytes)).select_from(held)
+    count, size = 0, 0
+    for files_, bytes_ in s.execute(sa.union_all(alone, shared)):
+        count, size = count + int(files_ or 0), size + int(bytes_ or 0)
+    return count, size
 
 
 def list_page(
@@ -82,37 +125,86 @@ def list_page(
     scope: str | None = None,
     pattern: str | None = None,
     kind: str | None = None,
+    where: str | None = None,
+    sort: str | None = None,
+    deleted: bool = False,
     cursor: str | None = None,
     limit: int = 100,
 ) -> wire.Page[wire.Did]:
-    """DIDs in the order they were made. In `pattern`, `*` stands for any text and `?` for any character of the name.
+    """DIDs in the order they were made, or by `sort`. In `pattern`, `*` stands for any text and `?` for any character
+    of the name; `where` is a condition (see rules.conditions). With `deleted` those that were deleted, and no others.
 
-    Sizes are those of files only: of a dataset, `get` counts them.
+    Sizes are those of files and datasets: those of a container, `get` counts.
     """
-    query = _select().order_by(dids.c.id).limit(cursors.check_limit(limit) + 1)
+    query = select().limit(cursors.check_limit(limit) + 1)
+    query = query.where(dids.c.deleted_at.is_not(None) if deleted else dids.c.deleted_at.is_(None))
     if scope is not None:
         query = query.where(dids.c.scope_id == scopes.ids(s, [scope])[scope])
     if pattern is not None:
-        query = query.where(_matches(s, pattern))
+        _check_pattern(pattern)
+        query = query.where(conditions.matches(s, dids.c.name, pattern))
     if kind is not None:
         if kind.upper() not in DidKind.__members__:
             raise Invalid(f"{shown(kind)} is not a kind", hint="use file, dataset or container", field="kind")
         query = query.where(dids.c.kind == DidKind[kind.upper()])
-    if after := cursors.unpack(cursor):
-        query = query.where(dids.c.id > after[0])
-    return cursors.page(s.execute(query).all(), limit, _did, lambda row: (row.id,))
+    after = cursors.unpack(cursor) if sort is None else None
+    if where is not None:
+        start = (after or (0,))[0] if sort is None else None
+        query = conditions.select_where(s, query, parse(where), after=start, limit=limit)
+    if sort is None:
+        if after is not None:
+            query = query.where(dids.c.id > after[0])
+        return cursors.page(s.execute(query.order_by(dids.c.id)).all(), limit, as_wire, lambda row: (row.id,))
+    sorting = conditions.Sorting(s, sort)
+    query = query.add_columns(*sorting.columns).order_by(*sorting.order())
+    if cursor is not None:
+        query = query.where(sorting.after(cursor))
+    return cursors.page(s.execute(query).all(), limit, as_wire, sorting.key)
 
 
-def change(s: Session, did: Did, change: wire.DidChange) -> wire.Did:
-    """Close or reopen a dataset or container."""
+def change(s: Session, did: Did, change: wire.DidChange, actor: Actor | None = None) -> wire.Did:
+    """Close or reopen a dataset or container, make it monotonic; give anything a lifetime."""
     did_id, kind = row_id(s, did)
-    if change.open is not msgspec.UNSET:
-        if kind is DidKind.FILE:
-            raise Invalid(f"{did} is a file", hint="only datasets and containers are closed and reopened", field="did")
-        # An attachment under way holds the row, and is complete before the door closes.
-        values = {"open": change.open, "closed_at": None if change.open else s.now}
-        s.execute(sa.update(dids).where(dids.c.id == did_id, dids.c.open != change.open).values(values))
+    if kind is DidKind.FILE and (change.open is not msgspec.UNSET or change.monotonic is not msgspec.UNSET):
+        raise Invalid(f"{did} is a file", hint="only datasets and containers are closed and reopened", field="did")
+    # An attachment under way holds the row, and is complete before the door closes.
+    guards.change_collection(s, did_id)
+    now = s.execute(sa.select(dids.c.open, dids.c.monotonic).where(dids.c.id == did_id)).one()
+    if change.monotonic is False and now.monotonic:
+        raise Refused(
+            f"the {kind.label} {did} is monotonic, and stays so",
+            hint="make another one, and attach to it what should go on",
+            field="monotonic",
+        )
+    values: dict[str, Any] = {}
+    told: dict[str, Any] = {}
+    if change.open is not msgspec.UNSET and change.open is not now.open:
+        values |= {"open": change.open, "closed_at": None if change.open else s.now}
+    if change.monotonic is True and not now.monotonic:
+        values["monotonic"] = told["monotonic"] = True
+    if change.lifetime_seconds is not msgspec.UNSET:
+        seconds = told["lifetime_seconds"] = change.lifetime_seconds
+        values["expires_at"] = None if seconds is None else s.now + timedelta(seconds=seconds)
+    if values:
+        s.execute(sa.update(dids).where(dids.c.id == did_id).values(values))
+    if kind is not DidKind.FILE:
+        account_id = account_of(s, actor)
+        if "open" in values:
+            outbox.record(s, "did.reopened" if change.open else "did.closed", did_id, account_id, did=str(did))
+        if told:
+            outbox.record(s, "did.changed", did_id, account_id, did=str(did), **told)
     return get(s, did)
+
+
+def account_of(s: Session, actor: Actor | None) -> int | None:
+    """Who did it, for the history; None: unattended work."""
+    return None if actor is None else accounts.account_id(s, actor.account)
+
+
+def history_page(s: Session, did: Did, cursor: str | None, limit: int) -> wire.Page[wire.HistoryEntry]:
+    """What happened to it, also when it was deleted."""
+    did_id, _ = row_id(s, did, deleted=True)
+    return history.of_entity(s, "did", did_id, cursor=cursor, limit=limit)
 
 
 def contents(s: Session, did: Did, cursor: str | None, limit: int) -> wire.Page[wire.Did]:
@@ -121,22 +213,68 @@ def contents(s: Session, did: Did, cursor: str | None, limit: int) -> wire.Page[
     if kind is DidKind.FILE:
         raise Invalid(f"{did} is a file and holds nothing", hint="ask for a dataset or container", field="did")
     query = (
-        _select()
+        select()
         .join(tables.contents, tables.contents.c.child_id == dids.c.id)
-        .where(tables.contents.c.parent_id == did_id)
+        .where(tables.contents.c.parent_id == did_id, dids.c.deleted_at.is_(None))
         .order_by(tables.contents.c.child_id)
         .limit(cursors.check_limit(limit) + 1)
     )
     if after := cursors.unpack(cursor):
         query = query.where(tables.contents.c.child_id > after[0])
-    return cursors.page(s.execute(query).all(), limit, _did, lambda row: (row.id,))
+    return cursors.page(s.execute(query).all(), limit, as_wire, lambda row: (row.id,))
 
 
-def attach(s: Session, parent: Did, children: Sequence[Did]) -> wire.Attached:
+def attach(s: Session, parent: Did, children: Sequence[Did], actor: Actor | None = None) -> wire.Attached:
     """Put children into an open dataset or container; those that are in it already stay."""
+    totals.hold_datasets(s, parent, children)
     parent_id, parent_kind = open_parent(s, parent, children)
     found = resolve(s, children)
-    _refuse(
+    _check_fit(s, parent, parent_id, parent_kind, found)
+    attached = attach_ids(s, parent_id, [id_ for id_, _ in found.values()])
+    if attached:
+        outbox.record(s, "did.attached", parent_id, account_of(s, actor), did=str(parent), attached=attached)
+    return wire.Attached(attached=attached)
+
+
+def attach_all(s: Session, attachments: Sequence[wire.Attaching], actor: Actor | None = None) -> wire.Attached:
+    """The same for several parents: all of it or nothing."""
+    wanted: dict[Did, list[Did]] = {}
+    for each in attachments:
+        wanted.setdefault(Did.parse(each.parent), []).extend(map(Did.parse, each.children))
+    count = sum(map(len, wanted.values()))
+    if count > wire.BULK_MAX:
+        raise Invalid(f"{count} children are too many for one call", hint=f"at most {wire.BULK_MAX}", field="children")
+    parents = resolve(s, wanted)
+    _hold_for_attaching(s, parents.values(), resolve(s, [child for each in wanted.values() for child in each]).values())
+    attached = 0
+    for parent in sorted(wanted, key=lambda did: parents[did][0]):
+        attached += attach(s, parent, wanted[parent], actor).attached
+    return wire.Attached(attached=attached)
+
+
+def _hold_for_attaching(
+    s: Session, parents: Iterable[tuple[int, DidKind]], children: Iterable[tuple[int, DidKind]]
+) -> None:
+    """All that attaching to one parent after the other will hold, each kind before the next (see guards)."""
+    if not s.postgresql:
+        return
+    parent_ids = sorted(id_ for id_, _ in parents)
+    below = list(children)
+    guards.one_at_a_time(s, "containers")
+    joining = bulk.ids_of(s, "joining_files", sorted({id_ for id_, kind in below if kind is DidKind.FILE}))
+    those = sa.select(bulk.ids_of(s, "parents", parent_ids).c.id)
+    guards.change_collections(s, sa.union(those, totals.datasets_of(joining)))
+    guards.keep_collections(s, [id_ for id_, kind in below if kind is not DidKind.FILE], nested=True)
+    totals.hold_files(s, joining)
+    above = membership.ancestors(s, parent_ids)
+    if guards.change_rules(s, sa.select(tables.rules.c.id).where(tables.rules.c.did_id.in_(sa.select(above.c.id)))):
+        guards.change_endpoints(s, sa.select(tables.endpoints.c.id))
+
+
+def _check_fit(
+    s: Session, parent: Did, parent_id: int, parent_kind: DidKind, found: dict[Did, tuple[int, DidKind]]
+) -> None:
+    refuse(
         Invalid,
         {did: f"{did} is a {kind.label}" for did, (_, kind) in found.items() if kind not in _HOLDS[parent_kind]},
         f"a {parent_kind.label} does not hold that",
@@ -145,14 +283,13 @@ def attach(s: Session, parent: Did, children: Sequence[Did]) -> wire.Attached:
     if parent_kind is DidKind.CONTAINER:
         above = membership.ancestors(s, [parent_id])
         looping = set(s.execute(sa.select(above.c.id)).scalars())
-        _refuse(
+        refuse(
             Refused,
             {did: f"{did} contains {parent}" for did, (id_, _) in found.items() if id_ in looping and did != parent}
             | {did: f"{did} is the container itself" for did in found if did == parent},
             f"{parent} would contain itself",
             "a container cannot be in one that is in it",
         )
-    return wire.Attached(attached=attach_ids(s, parent_id, [id_ for id_, _ in found.values()]))
 
 
 def attach_ids(s: Session, parent_id: int, child_ids: Sequence[int]) -> int:
@@ -166,18 +303,32 @@ def attach_ids(s: Session, parent_id: int, child_ids: Sequence[int]) -> int:
     return len(new)
 
 
-def detach(s: Session, parent: Did, children: Sequence[Did]) -> wire.Detached:
+def detach(s: Session, parent: Did, children: Sequence[Did], actor: Actor | None = None) -> wire.Detached:
     """Take children out of an open dataset or container; those that are not in it are no error."""
-    parent_id, _ = open_parent(s, parent, children)
+    parent_id, kind = open_parent(s, parent, children)
+    if s.execute(sa.select(dids.c.monotonic).where(dids.c.id == parent_id)).scalar_one():
+        raise Refused(
+            f"the {kind.label} {parent} is monotonic: nothing is ever taken out of it",
+            hint="make another one without it",
+            field="did",
+        )
     found = resolve(s, children)
-    given = bulk.ids_of(s, "children", [id_ for id_, _ in found.values()])
+    detached = detach_ids(s, parent_id, [id_ for id_, _ in found.values()])
+    if detached:
+        outbox.record(s, "did.detached", parent_id, account_of(s, actor), did=str(parent), detached=detached)
+    return wire.Detached(detached=detached)
+
+
+def detach_ids(s: Session, parent_id: int, child_ids: Sequence[int]) -> int:
+    """Take children out of a parent that the caller holds; returns how many were in it."""
+    given = bulk.ids_of(s, "children", child_ids)
     gone = sa.delete(tables.contents).where(
         tables.contents.c.parent_id == parent_id, tables.contents.c.child_id.in_(sa.select(given.c.id))
     )
     detached = [int(id_) for id_ in s.execute(gone.returning(tables.contents.c.child_id)).scalars()]
     if detached:
         locks.content_detached(s, parent_id, detached)
-    return wire.Detached(detached=len(detached))
+    return len(detached)
 
 
 def open_parent(s: Session, parent: Did, children: Sequence[Did]) -> tuple[int, DidKind]:
@@ -191,7 +342,10 @@ def open_parent(s: Session, parent: Did, children: Sequence[Did]) -> tuple[int, 
         # Two at once could close a loop that neither sees. Before the container is held: the other may want to hold it.
         guards.one_at_a_time(s, "containers")
     guards.change_collection(s, parent_id)
-    if not s.execute(sa.select(dids.c.open).where(dids.c.id == parent_id)).scalar_one():
+    now = s.execute(sa.select(dids.c.open, dids.c.deleted_at).where(dids.c.id == parent_id)).one()
+    if now.deleted_at is not None:  # while we waited for it
+        raise _missing(s, parent)
+    if not now.open:
         raise Refused(
             f"the {kind.label} {parent} is closed",
             hint=f"open it again with `replica did reopen {parent}`",
@@ -200,16 +354,20 @@ def open_parent(s: Session, parent: Did, children: Sequence[Did]) -> tuple[int, 
     return parent_id, kind
 
 
-def row_id(s: Session, did: Did) -> tuple[int, DidKind]:
-    query = sa.select(dids.c.id, dids.c.kind).join_from(dids, tables.scopes)
+def row_id(s: Session, did: Did, *, deleted: bool = False) -> tuple[int, DidKind]:
+    """`deleted`: also when it was deleted."""
+    query = sa.select(dids.c.id, dids.c.kind, dids.c.deleted_at).join_from(dids, tables.scopes)
     row = s.execute(query.where(tables.scopes.c.name == did.scope, dids.c.name == did.name)).one_or_none()
-    if row is None:
-        raise _missing(did)
+    if row is None or (row.deleted_at is not None and not deleted):
+        raise _missing(s, did)
     return row.id, row.kind
 
 
-def resolve(s: Session, names: Sequence[Did]) -> dict[Did, tuple[int, DidKind]]:
-    """Id and kind of each. NotFound names the first that does not exist, and says how many there are."""
+def resolve(s: Session, names: Collection[Did], *, deleted: bool = False) -> dict[Did, tuple[int, DidKind]]:
+    """Id and kind of each. NotFound names the first that does not exist, and says how many there are.
+
+    `deleted`: also those that were deleted.
+    """
     given = bulk.rows_of(
         s, "given_dids", {"scope": sa.String(), "name": sa.String()}, [(did.scope, did.name) for did in set(names)]
     )
@@ -219,13 +377,15 @@ def resolve(s: Session, names: Sequence[Did]) -> dict[Did, tuple[int, DidKind]]:
         .join(tables.scopes, tables.scopes.c.name == given.c.scope)
         .join(dids, sa.and_(dids.c.scope_id == tables.scopes.c.id, dids.c.name == given.c.name))
     )
+    if not deleted:
+        query = query.where(dids.c.deleted_at.is_(None))
     found = {Did(row.scope, row.name): (int(row.id), row.kind) for row in s.execute(query)}
     missing = {did: f"there is no DID {did}" for did in names if did not in found}
-    _refuse(NotFound, missing, "", "`replica did list` shows what there is; files come into being by being registered")
+    refuse(NotFound, missing, "", "`replica did list` shows what there is; files come into being by being registered")
     return {did: found[did] for did in dict.fromkeys(names)}
 
 
-def _refuse(error: type[ReplicaError], wrong: dict[Did, str], sentence: str, hint: str) -> None:
+def refuse(error: type[ReplicaError], wrong: dict[Did, str], sentence: str, hint: str) -> None:
     """Raise `error` about the first of `wrong`, with all of them as items."""
     if not wrong:
         return
@@ -236,28 +396,52 @@ def _refuse(error: type[ReplicaError], wrong: dict[Did, str], sentence: str, hin
     raise raised
 
 
-def _missing(did: Did) -> NotFound:
-    return NotFound(
-        f"there is no DID {did}", hint=f"`replica did list --scope {did.scope}` shows those of its scope", field="did"
+def _missing(s: Session, did: Did) -> NotFound:
+    found = s.execute(_named([did])).one_or_none()
+    if found is None or found.deleted_at is None:
+        hint = f"`replica did list --scope {did.scope}` shows those of its scope"
+        return NotFound(f"there is no DID {did}", hint=hint, field="did")
+    at = f"{found.deleted_at:%Y-%m-%d %H:%M} UTC"
+    return NotFound(f"{did} was deleted at {at}", hint=_way_back(did, found.final_at), field="did")
+
+
+def _way_back(did: Did, final_at: datetime | None) -> str:
+    if final_at is None:
+        return "it is gone for good, and its name stays taken: a name stands for one content for ever"
+    return f"until {final_at:%Y-%m-%d %H:%M} UTC it can be had back: `replica did undelete {did}`"
+
+
+def refuse_deleted(s: Session, names: Collection[Did], field: str) -> None:
+    """AlreadyExists about the first of these that was deleted: a name is never used again."""
+    gone = {Did(row.scope, row.name): row for row in s.execute(_named(names)) if row.deleted_at is not None}
+    if not gone:
+        return
+    first = next(did for did in names if did in gone)
+    more = f" (and {len(gone) - 1} more like it)" if len(gone) > 1 else ""
+    raised = AlreadyExists(
+        f"{first} was deleted, and its name stays taken{more}", hint=_way_back(first, gone[first].final_at), field=field
     )
+    raised.items = [{"did": str(did), "reason": "it was deleted"} for did in list(gone)[:ITEMS_MAX]]
+    raise raised
 
 
-def _matches(s: Session, pattern: str) -> sa.ColumnElement[bool]:
-    """Case counts on both databases: SQLite's LIKE does not distinguish it, its GLOB does."""
+def _named(names: Collection[Did]) -> sa.Select[Any]:
+    columns = tables.scopes.c.name.label("scope"), dids.c.name, dids.c.id, dids.c.deleted_at, dids.c.final_at
+    pairs = [(did.scope, did.name) for did in names]
+    query = sa.select(*columns).join_from(dids, tables.scopes)
+    return query.where(sa.tuple_(tables.scopes.c.name, dids.c.name).in_(pairs))
+
+
+def _check_pattern(pattern: str) -> None:
     if len(pattern) > PATTERN_LENGTH_MAX or pattern.count("*") > STARS_MAX or "\0" in pattern:
         raise Invalid(
             f"the pattern {shown(pattern)} cannot be used",
             hint=f"use at most {STARS_MAX} stars and {PATTERN_LENGTH_MAX} characters",
             field="pattern",
         )
-    if s.postgresql:
-        for special in "\\%_":
-            pattern = pattern.replace(special, f"\\{special}")
-        return dids.c.name.like(pattern.replace("*", "%").replace("?", "_"), escape="\\")
-    return dids.c.name.op("GLOB")(pattern.replace("[", "[[]"))
 
 
-def _select() -> sa.Select[Any]:
+def select() -> sa.Select[Any]:
     return (
         sa.select(
             dids,
@@ -272,7 +456,7 @@ def _select() -> sa.Select[Any]:
     )
 
 
-def _did(row: sa.Row[Any]) -> wire.Did:
+def as_wire(row: sa.Row[Any]) -> wire.Did:
     is_file = row.kind is DidKind.FILE
     values = row._mapping
     return wire.Did(
@@ -282,8 +466,12 @@ def _did(row: sa.Row[Any]) -> wire.Did:
         open=row.open,
         created_at=row.created_at,
         closed_at=row.closed_at,
-        size=row.size_bytes,
-        files=1 if is_file else None,
+        size=row.size_bytes if is_file else row.bytes_total,
+        files=1 if is_file else row.files_total,
         checksums={algorithm: values[algorithm].hex() for algorithm in DIGITS if values[algorithm] is not None},
         metadata=row.metadata or {},
+        monotonic=row.monotonic,
+        expires_at=row.expires_at,
+        deleted_at=row.deleted_at,
+        final_at=row.final_at,
     )

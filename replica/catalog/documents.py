@@ -20,6 +20,7 @@ from rules.names import check_attribute_key, shown
 
 DEPTH_MAX = 16
 BYTES_MAX = 65_536
+KEY_LENGTH_MAX = 256
 ATTRIBUTES_MAX = 100
 ATTRIBUTE_LENGTH_MAX = 1_000
 _INTEGER_MAX = 2**63 - 1
@@ -29,13 +30,13 @@ def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Any JSON object, within the bounds above."""
     level: list[tuple[str, Any]] = list(metadata.items())
     for key in metadata:
-        _check_scalar(key, "a key of the metadata", "metadata")
+        _check_key(key, "a key of the metadata")
     for _ in range(DEPTH_MAX):
         deeper: list[tuple[str, Any]] = []
         for key, value in level:
             if isinstance(value, dict):
                 for inner in value:
-                    _check_scalar(inner, f"a key in the metadata {shown(key)}", "metadata")
+                    _check_key(inner, f"a key in the metadata {shown(key)}")
                 deeper.extend((key, inner) for inner in value.values())
             elif isinstance(value, list):
                 deeper.extend((key, inner) for inner in value)
@@ -90,6 +91,12 @@ def check_attributes(
     return dict(attributes)
 
 
+def _check_key(key: str, what: str) -> None:
+    _check_scalar(key, what, "metadata")
+    if len(key) > KEY_LENGTH_MAX:
+        raise Invalid(f"{what} has {len(key)} characters", hint=f"at most {KEY_LENGTH_MAX}", field="metadata")
+
+
 def _check_scalar(value: object, what: str, field: str) -> None:
     if isinstance(value, str):
         if "\0" in value:
@@ -98,6 +105,9 @@ def _check_scalar(value: object, what: str, field: str) -> None:
             value.encode()
         except UnicodeEncodeError:
             raise Invalid(f"{what} is not proper Unicode text", hint="it holds half a character", field=field) from None
+    elif field == "metadata" and type(value) is int and not -_INTEGER_MAX - 1 <= value <= _INTEGER_MAX:
+        # A database would keep it, but not find it again by its value.
+        raise Invalid(f"{what} is a number of more than 64 bits", hint="write it as a text", field=field)
     elif isinstance(value, float) and not math.isfinite(value):
         raise Invalid(f"{what} is not a number", hint="NaN and infinity are not JSON", field=field)
     elif not isinstance(value, str | int | float | bool | None):

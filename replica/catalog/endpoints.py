@@ -3,7 +3,8 @@
 Given     a new endpoint or a change of one.
 Returns   the endpoint; and for decisions one snapshot of all, with the links between them.
 Promises  no two endpoints share a file: a root lies neither at nor beneath another's. Free space already leaves out
-          what is on its way. A change of the facts makes stuck rules due at once.
+          what is on its way. A change of the facts makes stuck rules due at once, and draining those that have copies
+          there. What goes out of service protects nothing and is on its way to nowhere.
 Partner   rules.endpoints has the value that decisions see; replica.storage opens the URL.
 """
 
@@ -16,20 +17,35 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import bulk, cursors, guards, sites
+from replica.catalog import accounts, bulk, cursors, guards, outbox, reasons, sites
 from replica.catalog.documents import check_attributes
+from replica.catalog.membership import Unguessed, literal
 from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import endpoint_attributes, endpoints
 from replica.storage.registry import open_storage
 from rules import expressions
 from rules.endpoints import AttributeValue, Endpoint, Link
-from rules.errors import AlreadyExists, NotFound
+from rules.errors import AlreadyExists, Conflict, Invalid, NotFound, Refused
 from rules.names import check_word, shown
-from rules.states import EndpointKind, RuleState
+from rules.permissions import Actor
+from rules.quantities import counted
+from rules.states import EndpointKind, ReplicaState, RuleState
+
+_ABILITIES = ("readable", "writable", "deletable")
+#: What `change` can set, besides attributes.
+_SETTINGS = (
+    *_ABILITIES,
+    "capacity_bytes",
+    "min_free_bytes",
+    "delete_at_once",
+    "grace_seconds",
+    "budget_files",
+    "budget_bytes",
+)
 
 
-def add(s: Session, new: wire.NewEndpoint) -> wire.Endpoint:
+def add(s: Session, new: wire.NewEndpoint, actor: Actor | None = None) -> wire.Endpoint:
     name = check_word(new.name, "an endpoint")
     url = normal_url(new.url, name)
     attributes = check_attributes(new.attributes, name)
@@ -37,7 +53,7 @@ def add(s: Session, new: wire.NewEndpoint) -> wire.Endpoint:
     guards.one_at_a_time(s, "endpoints")  # a new root is compared with all others
     for other in s.execute(sa.select(endpoints.c.name, endpoints.c.url).order_by(endpoints.c.id)):
         if other.name == name:
-            raise AlreadyExists(f"there is an endpoint {name} already", field="name")
+            raise AlreadyExists(f"there is an endpoint {name} already", hint="choose another name", field="name")
         if f"{url}/".startswith(f"{other.url}/") or f"{other.url}/".startswith(f"{url}/"):
             raise AlreadyExists(
                 f"{shown(url)} shares files with the endpoint {other.name}, which is at {shown(other.url)}",
@@ -53,14 +69,16 @@ def add(s: Session, new: wire.NewEndpoint) -> wire.Endpoint:
         capacity_bytes=new.capacity_bytes,
         created_at=s.now,
     )
-    _set_attributes(s, s.execute(made.returning(endpoints.c.id)).scalar_one(), attributes)
+    endpoint_id = s.execute(made.returning(endpoints.c.id)).scalar_one()
+    _set_attributes(s, endpoint_id, attributes)
     _facts_changed(s)
+    _tell(s, "endpoint.added", endpoint_id, actor, name=name, site=new.site, url=url)
     return get(s, name)
 
 
 def get(s: Session, name: str) -> wire.Endpoint:
     found = row(s, name)
-    return _endpoint(found, _attributes(s, [found.id]))
+    return msgspec.structs.replace(_endpoint(found, _attributes(s, [found.id])), protected=_protected(s, found.id))
 
 
 def list_page(s: Session, where: str | None, cursor: str | None, limit: int) -> wire.Page[wire.Endpoint]:
@@ -76,16 +94,132 @@ def list_page(s: Session, where: str | None, cursor: str | None, limit: int) -> 
     return cursors.page(rows, limit, lambda row: _endpoint(row, attributes), lambda row: (row.id,))
 
 
-def change(s: Session, name: str, change: wire.EndpointChange) -> wire.Endpoint:
-    endpoint_id = row(s, name).id
+def change(s: Session, name: str, change: wire.EndpointChange, actor: Actor | None = None) -> wire.Endpoint:
+    found = row(s, name)
     _facts_changed(s)  # rules come before endpoints in the order in which rows are held
-    fields = ("readable", "writable", "deletable", "capacity_bytes")
-    values = {field: value for field in fields if (value := getattr(change, field)) is not msgspec.UNSET}
+    values: dict[str, Any] = {
+        field: value for field in _SETTINGS if (value := getattr(change, field)) is not msgspec.UNSET
+    }
+    told = dict(values)
+    if any(values.get(field, getattr(found, field)) != getattr(found, field) for field in _ABILITIES):
+        values["status_since"] = s.now
+        if all(values.get(field, getattr(found, field)) for field in _ABILITIES) and not found.draining:
+            values["status_reason"] = ""
     if values:
-        s.execute(sa.update(endpoints).where(endpoints.c.id == endpoint_id).values(values))
+        _update(s, found.id, values)
     if change.attributes is not msgspec.UNSET:
-        _set_attributes(s, endpoint_id, check_attributes(change.attributes, name))
+        told["attributes"] = check_attributes(change.attributes, name)
+        _set_attributes(s, found.id, told["attributes"])
+    _tell(s, "endpoint.changed", found.id, actor, name=name, **told)
     return get(s, name)
+
+
+def ban(s: Session, name: str, ban: wire.Ban, actor: Actor | None = None) -> wire.Endpoint:
+    """Reading, writing or deleting is off from now on, until it is unbanned. What is under way is not broken off."""
+    found = row(s, name)
+    _facts_changed(s)
+    every = not (ban.read or ban.write or ban.delete)
+    off = {"readable": ban.read or every, "writable": ban.write or every, "deletable": ban.delete or every}
+    values = {ability: False for ability, is_off in off.items() if is_off}
+    _update(s, found.id, values | {"status_reason": ban.reason, "status_since": s.now})
+    _tell(s, "endpoint.banned", found.id, actor, name=name, reason=ban.reason, **values)
+    return get(s, name)
+
+
+def unban(s: Session, name: str, actor: Actor | None = None) -> wire.Endpoint:
+    """It may be read, written and deleted from again."""
+    found = row(s, name)
+    _in_service(found)
+    if all(getattr(found, ability) for ability in _ABILITIES):
+        return get(s, name)
+    _facts_changed(s)
+    values: dict[str, Any] = dict.fromkeys(_ABILITIES, True)
+    _update(s, found.id, values | {"status_reason": "", "status_since": s.now})
+    _tell(s, "endpoint.unbanned", found.id, actor, name=name)
+    return get(s, name)
+
+
+def drain(s: Session, name: str, drain: wire.Drain, actor: Actor | None = None) -> wire.Endpoint:
+    """What is protected there is brought elsewhere, rule by rule; each copy goes when another has taken its place."""
+    found = row(s, name)
+    _in_service(found)
+    here = tables.locks.c.endpoint_id == found.id
+    _facts_changed(s, tables.rules.c.id.in_(sa.select(tables.locks.c.rule_id).where(here)))
+    if found.draining == drain.undo:
+        values = {"draining": not drain.undo, "status_reason": drain.reason, "status_since": s.now}
+        _update(s, found.id, values)
+        kind = "endpoint.undrained" if drain.undo else "endpoint.draining"
+        _tell(s, kind, found.id, actor, name=name, reason=drain.reason)
+    return get(s, name)
+
+
+def decommission(s: Session, name: str, order: wire.Decommission, actor: Actor | None = None) -> wire.Endpoint:
+    """Out of service for good: refused while anything there is protected, under way or, unless forgotten, stored."""
+    found = row(s, name)
+    endpoint_id = found.id
+    _facts_changed(s)
+    guards.change_endpoints(s, [endpoint_id])  # nobody places anything there from here on
+    if order.undo:
+        _update(s, endpoint_id, {"decommissioned_at": None, "status_since": s.now})
+        _tell(s, "endpoint.changed", endpoint_id, actor, name=name, decommissioned=False)
+        return get(s, name)
+    if found.decommissioned_at is not None:
+        return get(s, name)
+    protected = _protected(s, endpoint_id)
+    if protected.rules:
+        raise Refused(
+            f"still protected at {name}: {counted(protected.files, 'file')}, by {counted(protected.rules, 'rule')}",
+            hint=f"bring them elsewhere first: `replica endpoint drain {name}`",
+        )
+    for thing, under_way in (
+        ("transfer to", sa.and_(tables.transfers.c.target_id == endpoint_id, tables.LIVE_TRANSFER)),
+        ("deletion at", sa.and_(tables.deletions.c.endpoint_id == endpoint_id, tables.LIVE_DELETION)),
+    ):
+        if s.execute(sa.select(sa.exists().where(under_way))).scalar_one():
+            raise Refused(f"there is a {thing} {name} under way", hint="wait until it has ended")
+    _forget_replicas(s, endpoint_id, name, order)
+    off: dict[str, Any] = dict.fromkeys((*_ABILITIES, "draining"), False)
+    _update(s, endpoint_id, off | {"decommissioned_at": s.now, "status_since": s.now})
+    _tell(s, "endpoint.decommissioned", endpoint_id, actor, name=name)
+    return get(s, name)
+
+
+def _forget_replicas(s: Session, endpoint_id: int, name: str, order: wire.Decommission) -> None:
+    replicas = tables.replicas
+    here = replicas.c.endpoint_id == endpoint_id
+    count = s.execute(sa.select(sa.func.count()).select_from(replicas).where(here)).scalar_one()
+    if not count:
+        return
+    if not order.forget:
+        raise Refused(
+            f"{name} still has copies of {counted(count, 'file')}",
+            hint="let them be deleted there, or forget them: `--forget`",
+        )
+    if s.postgresql and not order.last_copies:
+        # Who decides on a deletion holds the file: of two copies that go at once, one is seen to be the last.
+        theirs = sa.select(tables.files.c.did_id).join_from(replicas, tables.files).where(here)
+        held = theirs.with_for_update(of=tables.files, key_share=True, skip_locked=True).subquery("held_files")
+        if s.execute(sa.select(sa.func.count()).select_from(held)).scalar_one() < count:
+            raise Conflict(f"files of {name} are being changed at this moment", hint="repeat the request")
+    available = literal(ReplicaState.AVAILABLE)
+    other = replicas.alias("other")
+    elsewhere = sa.exists().where(
+        other.c.file_id == replicas.c.file_id, other.c.endpoint_id != endpoint_id, Unguessed(other.c.state == available)
+    )
+    last = sa.select(sa.func.count()).select_from(replicas)
+    last = last.where(here, Unguessed(replicas.c.state == available), sa.not_(elsewhere))
+    if not order.last_copies and (alone := s.execute(last).scalar_one()):
+        raise Refused(
+            f"of {counted(alone, 'file')} at {name} no other copy is known",
+            hint="copy them elsewhere first; or, if they shall be lost, say so: `--last-copies`",
+        )
+    s.execute(sa.delete(replicas).where(here))
+    _update(s, endpoint_id, {"used_bytes": 0})
+
+
+def _in_service(found: sa.Row[Any]) -> None:
+    if found.decommissioned_at is not None:
+        raise Refused(f"{found.name} was decommissioned", hint=f"`replica endpoint decommission {found.name} --undo`")
 
 
 def snapshot(s: Session) -> tuple[Endpoint, ...]:
@@ -103,8 +237,53 @@ def snapshot(s: Session) -> tuple[Endpoint, ...]:
             writable=r.writable,
             deletable=r.deletable,
             free_bytes=_free_bytes(r),
+            draining=r.draining,
+            decommissioned=r.decommissioned_at is not None,
+            status=r.status_reason,
         )
         for r in rows
+    )
+
+
+def set_link(s: Session, change: wire.LinkChange, actor: Actor | None = None) -> wire.Link:
+    source, target = row(s, change.source), row(s, change.target)
+    if source.id == target.id:
+        raise Invalid(f"{change.source} is both ends of the link", hint="name two endpoints", field="target")
+    values: dict[str, Any] = {
+        field: value for field in ("distance", "allowed") if (value := getattr(change, field)) is not msgspec.UNSET
+    }
+    upsert = bulk.insert(s, tables.links).values(source_id=source.id, target_id=target.id, **values)
+    index = {"index_elements": ["source_id", "target_id"]}
+    s.execute(upsert.on_conflict_do_update(**index, set_=values) if values else upsert.on_conflict_do_nothing(**index))
+    told = {"source": change.source, "target": change.target, **values}
+    _tell(s, "endpoint.changed", target.id, actor, name=change.target, link=told)
+    return list_links(s, source=change.source, target=change.target, cursor=None, limit=1).items[0]
+
+
+def list_links(
+    s: Session, *, source: str | None = None, target: str | None = None, cursor: str | None, limit: int
+) -> wire.Page[wire.Link]:
+    """What is known of the ways between endpoints; one that nothing is known of is allowed, at distance 1."""
+    key = tables.links.c.source_id, tables.links.c.target_id
+    sources, targets = endpoints.alias("sources"), endpoints.alias("targets")
+    query = (
+        sa.select(tables.links, sources.c.name.label("source"), targets.c.name.label("target"))
+        .join(sources, sources.c.id == tables.links.c.source_id)
+        .join(targets, targets.c.id == tables.links.c.target_id)
+        .order_by(*key)
+        .limit(cursors.check_limit(limit) + 1)
+    )
+    for name, side in ((source, sources), (target, targets)):
+        if name is not None:
+            query = query.where(side.c.id == row(s, name).id)
+    if after := cursors.unpack(cursor, 2):
+        query = query.where(sa.tuple_(*key) > sa.tuple_(*(sa.literal(each, sa.BigInteger()) for each in after)))
+    rows = s.execute(query).all()
+    return cursors.page(
+        rows,
+        limit,
+        lambda r: wire.Link(source=r.source, target=r.target, distance=r.distance, allowed=r.allowed),
+        lambda r: (r.source_id, r.target_id),
     )
 
 
@@ -171,12 +350,39 @@ def _set_attributes(s: Session, endpoint_id: int, attributes: dict[str, Attribut
         s.execute(sa.insert(endpoint_attributes), kept)
 
 
-def _facts_changed(s: Session) -> None:
-    """What was impossible may be possible now: rules that are stuck are looked at again."""
-    stuck = tables.rules.c.state == RuleState.STUCK
-    guards.change_rules(s, sa.select(tables.rules.c.id).where(stuck))
-    s.execute(sa.update(tables.rules).where(stuck).values(evaluate_at=s.now))
+def _facts_changed(s: Session, *besides: sa.ColumnElement[bool]) -> None:
+    """What was impossible may be possible now: rules that are stuck are looked at again, or have copies that shall
+    leave their endpoint; and `besides`."""
+    waiting = sa.select(tables.reasons.c.rule_id).where(tables.reasons.c.code == reasons.NOT_MOVED)
+    concerned = sa.or_(tables.rules.c.state == RuleState.STUCK, tables.rules.c.id.in_(waiting), *besides)
+    guards.change_rules(s, sa.select(tables.rules.c.id).where(concerned))
+    s.execute(sa.update(tables.rules).where(concerned).values(evaluate_at=s.now))
     s.wake.add("evaluation")
+
+
+def _update(s: Session, endpoint_id: int, values: dict[str, Any]) -> None:
+    s.execute(sa.update(endpoints).where(endpoints.c.id == endpoint_id).values(values))
+
+
+def _tell(s: Session, kind: str, endpoint_id: int, actor: Actor | None, **payload: Any) -> None:
+    outbox.record(s, kind, endpoint_id, None if actor is None else accounts.account_id(s, actor.account), **payload)
+
+
+def _protected(s: Session, endpoint_id: int) -> wire.Protected:
+    """Of every unit the longest list: rules on the same one protect the same files."""
+    locks = tables.locks
+    here = locks.c.endpoint_id == endpoint_id
+    unit = (
+        sa.select(sa.func.max(locks.c.files_total).label("files"), sa.func.max(locks.c.bytes_total).label("bytes"))
+        .where(here)
+        .group_by(locks.c.unit_id)
+        .subquery("unit")
+    )
+    sums = s.execute(
+        sa.select(sa.func.coalesce(sa.func.sum(unit.c.files), 0), sa.func.coalesce(sa.func.sum(unit.c.bytes), 0))
+    ).one()
+    rules = s.execute(sa.select(sa.func.count(locks.c.rule_id.distinct())).where(here)).scalar_one()
+    return wire.Protected(rules=rules, files=int(sums[0]), bytes=int(sums[1]))
 
 
 def _free_bytes(row: sa.Row[Any]) -> int | None:
@@ -204,4 +410,13 @@ def _endpoint(row: sa.Row[Any], attributes: dict[int, dict[str, AttributeValue]]
         used_bytes=row.used_bytes,
         free_bytes=_free_bytes(row),
         capacity_bytes=row.capacity_bytes,
+        draining=row.draining,
+        status_reason=row.status_reason,
+        status_since=row.status_since,
+        min_free_bytes=row.min_free_bytes,
+        delete_at_once=row.delete_at_once,
+        grace_seconds=row.grace_seconds,
+        budget_files=row.budget_files,
+        budget_bytes=row.budget_bytes,
+        decommissioned_at=row.decommissioned_at,
     )

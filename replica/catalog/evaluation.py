@@ -15,7 +15,17 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from replica.catalog import guards, locks, placing, provision, reasons
+from replica.catalog import (
+    guards,
+    locks,
+    placing,
+    provision,
+    reasons,
+    releasing,
+    relocation,
+    rule_changes,
+    rule_transfers,
+)
 from replica.catalog.bulk import rows_of
 from replica.catalog.membership import Unguessed, covering, files_of, literal, of_pair
 from replica.catalog.rule_states import settle
@@ -33,14 +43,19 @@ POSTPONE_SECONDS = 5
 #: What PostgreSQL calls a statement that ran into its time limit. Tried at once again, the rule would always be first.
 _TOOK_TOO_LONG = "57014"
 
-_NOT_EVALUATED = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED, RuleState.SUSPENDED)
+#: A suspended rule goes on covering what comes: only its transfers wait.
+_NOT_EVALUATED = (RuleState.WAITING_APPROVAL,)
 
 
 def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
     """One slice of the rule that is due longest; returns the files worked on plus one, or 0 when no rule is due."""
     due = (
         sa.select(rules)
-        .where(rules.c.evaluate_at <= s.now, rules.c.state.not_in(_NOT_EVALUATED))
+        .where(
+            rules.c.evaluate_at <= s.now,
+            rules.c.state.not_in(_NOT_EVALUATED),
+            sa.or_(rules.c.not_before.is_(None), rules.c.not_before <= s.now),
+        )
         .order_by(rules.c.evaluate_at, rules.c.id)
         .limit(1)
     )
@@ -48,7 +63,7 @@ def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
     if rule is None:
         return 0
     try:
-        with s.connection.begin_nested():
+        with s.savepoint():
             worked = _evaluate(s, rule, limit_files)
     except Conflict:  # somebody is changing a rule that wants the same copies: after them
         _look_again(s, rule, timedelta(seconds=POSTPONE_SECONDS))
@@ -65,23 +80,52 @@ def evaluate_due(s: Session, limit_files: int = 20_000) -> int:
 
 
 def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
+    if rule.state is RuleState.EXPIRED:  # and much of what it protected is not released yet
+        return releasing.go_on(s, rule, limit_files)
+    if rule.followed_to is not None:
+        return _settled(s, rule, rule_transfers.follow(s, rule.id, min(limit_files, rule_transfers.SLICE_FILES)))
+    if rule.revised_to is not None:
+        _hold_endpoints(s, rule, every=True)
+        return _settled(s, rule, rule_changes.revise(s, rule))
+    if rule.placed_to is None and relocation.has_to_let_go(s, rule.id):
+        _hold_endpoints(s, rule, every=False)
+        return _settled(s, rule, relocation.let_go(s, rule.id, limit_files))
+    if relocation.is_satisfied_with_surplus(s, rule):
+        _hold_endpoints(s, rule, every=False)
+        return _settled(s, rule, relocation.drop_surplus(s, rule.id, limit_files))
+    places, endangered = relocation.in_trouble(s, rule)
     lost, postponed = _lost(s, rule, limit_files)
     placing_on = rule.placed_to is not None or rule.copies_missing > 0
-    _hold_endpoints(s, rule, every=placing_on)
-    worked = _place(s, rule) if placing_on else 0
-    applied = provision.apply_locks(s, rule.id, limit_files)
+    _hold_endpoints(s, rule, every=placing_on or bool(endangered))
+    relocated = relocation.relocate(s, rule, places, endangered)
+    if relocated.moved:
+        lost, postponed = [], True  # what had got lost may be wished elsewhere now
+    worked, more = _place(s, rule) if placing_on else (0, False)
+    applied = 0 if more and locks.places_all_first(rule) else provision.apply_locks(s, rule.id, limit_files)
     if not placing_on and not applied:
-        reasons.replace(s, rule.id, [])
+        reasons.replace(s, rule.id, relocated.found)
         if not lost and not postponed:
             _recount(s, rule)
+    else:
+        reasons.add(s, relocated.found)
     touched = {rule.id}
     if lost:
-        touched.update(provision.provide_again(s, provision.wanted_by(s, rule.id, lost)))
+        wanted = provision.wanted_by(s, rule.id, lost)
+        touched.update(provision.provide_again(s, wanted))
+        if rule.state is RuleState.SUSPENDED:
+            rule_transfers.hold_back(s, wanted)
     settle(s, {rule.id}, evaluated=True)
     settle(s, touched - {rule.id})
-    if postponed:
+    if relocated.more:
+        _look_again(s, rule, timedelta())
+    elif postponed and not relocated.moved:
         _look_again(s, rule, timedelta(seconds=POSTPONE_SECONDS))
-    return worked + applied + len(lost)
+    return worked + applied + len(lost) + relocated.moved
+
+
+def _settled(s: Session, rule: sa.Row[Any], worked: int) -> int:
+    settle(s, {rule.id})  # what it was due for is still to be seen to
+    return worked
 
 
 def _hold_endpoints(s: Session, rule: sa.Row[Any], *, every: bool) -> None:
@@ -92,8 +136,9 @@ def _hold_endpoints(s: Session, rule: sa.Row[Any], *, every: bool) -> None:
         guards.change_endpoints(s, mine)
 
 
-def _place(s: Session, rule: sa.Row[Any]) -> int:
-    """The next slice of a round over all units that lack copies; a round begins when some were missing before."""
+def _place(s: Session, rule: sa.Row[Any]) -> tuple[int, bool]:
+    """The next slice of a round over all units that lack copies; a round begins when some were missing before. Returns
+    the units looked at, and whether there are more."""
     begins = rule.placed_to is None
     found: list[reasons.Found] = []
     candidates: tuple[Endpoint, ...] = ()
@@ -116,7 +161,7 @@ def _place(s: Session, rule: sa.Row[Any]) -> int:
         s.execute(rules.update().where(rules.c.id == rule.id).values(placed_to=reached))
     if not more:
         locks.count_missing(s, rule)
-    return len(lacking)
+    return len(lacking), more
 
 
 def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[int, int]], bool]:
@@ -158,6 +203,7 @@ def _open_locks(rule: sa.Row[Any]) -> sa.Subquery:
             locks_table.c.rule_id == rule.id,
             locks_table.c.files_available < locks_table.c.files_total,
             locks_table.c.applied_to.is_(None),
+            sa.not_(locks_table.c.surplus),
         )
         .subquery("open_locks")
     )
@@ -166,39 +212,9 @@ def _open_locks(rule: sa.Row[Any]) -> sa.Subquery:
 def _recount(s: Session, rule: sa.Row[Any]) -> None:
     """Count anew what the open locks of this rule hold: nothing is missing that nobody brings, so whatever keeps them
     open is on its way, or was counted wrongly. The caller holds the rule, without which no counter moves."""
-    held = files_of(_open_locks(rule))
-    is_there = Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE))
-    is_vain = sa.and_(
-        replicas.c.state.is_not(None), sa.not_(is_there), provision.is_stuck(held.c.file_id, held.c.endpoint_id)
-    )
-    counted = (
-        sa.select(
-            held.c.unit_id,
-            held.c.endpoint_id,
-            sa.func.count().label("files_total"),
-            sa.func.sum(sa.case((is_there, 1), else_=0)).label("files_available"),
-            sa.func.sum(sa.case((is_vain, 1), else_=0)).label("files_stuck"),
-            sa.func.sum(held.c.size_bytes).label("bytes_total"),
-        )
-        .select_from(held)
-        .outerjoin(replicas, of_pair(held))
-        .group_by(held.c.unit_id, held.c.endpoint_id)
-        .subquery("counted")
-    )
-    counters = ("files_total", "files_available", "files_stuck", "bytes_total")
-    wrong = s.execute(
-        locks_table.update()
-        .where(
-            locks_table.c.rule_id == rule.id,
-            locks_table.c.unit_id == counted.c.unit_id,
-            locks_table.c.endpoint_id == counted.c.endpoint_id,
-            sa.or_(*(locks_table.c[name] != counted.c[name] for name in counters)),
-        )
-        .values({name: counted.c[name] for name in counters})
-        .returning(locks_table.c.unit_id, locks_table.c.endpoint_id)
-    ).all()
+    wrong = relocation.recount(s, rule.id, _open_locks(rule))
     if wrong:  # an invariant failed: mended, but not in silence
-        get_logger().error("locks.recounted", rule=rule.id, locks=[tuple(row) for row in wrong[:20]], count=len(wrong))
+        get_logger().error("locks.recounted", rule=rule.id, locks=wrong[:20], count=len(wrong))
 
 
 def _note_failure(s: Session, rule: sa.Row[Any], error: Exception) -> None:

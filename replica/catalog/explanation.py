@@ -10,16 +10,15 @@ Partner   `replica rule explain`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import rule_views
-from replica.catalog.membership import files_of
+from replica.catalog import forecasts, rule_views, waiting
+from replica.catalog.waiting import Group
 from replica.db.engine import Session
-from replica.db.tables import endpoints, locks, rules, transfers
+from replica.db.tables import endpoints, locks, rules
 from rules.errors import NotFound
 from rules.quantities import counted, human_bytes
 from rules.states import TRANSFER_LEASED, RuleState, TransferState
@@ -28,15 +27,8 @@ from rules.states import TRANSFER_LEASED, RuleState, TransferState
 LOCKS_MAX = 1_000
 
 _WAITS_FOR = {
-    "no_source": "no endpoint that may be read holds a good copy; register one, or allow its endpoint as a source",
-    "writing_off": "writing is off at the target; switch it on again",
-}
-
-#: For what is tried again by itself and in vain until somebody does something.
-_HELPS = {
-    "no_space": "free space there, or move data elsewhere",
-    "unreachable": "mount its disk; a new folder is made ready by `replica endpoint prepare`",
-    "forbidden": "give the worker's user the right to do this there",
+    "no_source": "no endpoint that may be read holds a good copy",
+    "writing_off": "writing is off at the target",
 }
 
 
@@ -44,16 +36,19 @@ def explain(s: Session, rule_id: int) -> wire.Explanation:
     rows = s.execute(rule_views.select().where(rules.c.id == rule_id)).all()
     if not rows:
         raise NotFound(f"there is no rule {rule_id}", hint="`replica rule list` shows them", field="rule")
-    rule = rule_views.rules_of(s, rows)[0]
-    moving = _moving(s, rule_id) if rule.state != "expired" else []
+    rule = forecasts.with_eta(s, rule_views.rules_of(s, rows)[0])
+    found = waiting.groups(s, rule_id) if rule.state not in ("expired", "ok") else []
+    moving = [group for group in found if group.state is not None]
     by_state: dict[str, int] = {}
-    for row in moving:
-        by_state[row.state.label] = by_state.get(row.state.label, 0) + row.files
+    for group in moving:
+        assert group.state is not None
+        by_state[group.state.label] = by_state.get(group.state.label, 0) + group.files
     return wire.Explanation(
         rule=rule,
         locks=_locks(s, rule_id),
         transfers=by_state,
         sentences=[*_sentences(s, rule, rows[0], moving)],
+        waiting=waiting.of_rule(s, rule, rows[0], found),
     )
 
 
@@ -62,7 +57,7 @@ def _locks(s: Session, rule_id: int) -> list[wire.Lock]:
         sa.select(locks, endpoints.c.name.label("endpoint"))
         .join(endpoints, endpoints.c.id == locks.c.endpoint_id)
         .where(locks.c.rule_id == rule_id)
-        .order_by(locks.c.unit_id, locks.c.endpoint_id)
+        .order_by(locks.c.surplus, locks.c.unit_id, locks.c.endpoint_id)
         .limit(LOCKS_MAX)
     )
     rows = s.execute(query).all()
@@ -75,52 +70,25 @@ def _locks(s: Session, rule_id: int) -> list[wire.Lock]:
             files_available=row.files_available,
             files_stuck=row.files_stuck,
             bytes_total=row.bytes_total,
+            surplus=row.surplus,
         )
         for row in rows
     ]
 
 
-def _moving(s: Session, rule_id: int) -> Sequence[sa.Row[Any]]:
-    """Transfers under way for the copies that this rule locks, whoever asked for them first."""
-    mine = (
-        sa.select(locks.c.unit_id, locks.c.endpoint_id)
-        .where(locks.c.rule_id == rule_id, locks.c.files_available < locks.c.files_total)
-        .subquery("mine")
-    )
-    held = files_of(mine)
-    pairs = sa.select(held.c.file_id, held.c.endpoint_id).distinct().subquery("pairs")
-    live = [state for state in TransferState if state.value <= TransferState.WAITING.value]
-    query = (
-        sa.select(
-            transfers.c.state,
-            transfers.c.reason_code,
-            endpoints.c.name.label("target"),
-            sa.func.count().label("files"),
-            sa.func.sum(transfers.c.size_bytes).label("bytes"),
-            sa.func.sum(transfers.c.bytes_done).label("done"),
-            sa.func.min(transfers.c.not_before).label("not_before"),
-            sa.func.max(transfers.c.reason).label("reason"),
-        )
-        .select_from(pairs)
-        .join(
-            transfers,
-            sa.and_(transfers.c.file_id == pairs.c.file_id, transfers.c.target_id == pairs.c.endpoint_id),
-        )
-        .join(endpoints, endpoints.c.id == transfers.c.target_id)
-        .where(transfers.c.state.in_(live))
-        .group_by(transfers.c.state, transfers.c.reason_code, endpoints.c.name)
-        .order_by(transfers.c.state, endpoints.c.name, transfers.c.reason_code)
-    )
-    return s.execute(query).all()
-
-
-def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[sa.Row[Any]]) -> Iterator[str]:
+def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[Group]) -> Iterator[str]:
     copies = "1 copy" if rule.copies == 1 else f"{rule.copies} copies"
     spread = "" if rule.spread == "endpoint" else f", no two in one {rule.spread}"
     yield f"{rule.account} wants {copies} of {rule.did} at `{rule.expression}`{spread}."
     if row.state is RuleState.EXPIRED:
         yield f"The rule ended at {_when(rule.updated_at)} and protects nothing any more."
         return
+    if row.state is RuleState.WAITING_APPROVAL:
+        yield "It waits for approval: it protects nothing and moves nothing until a person says yes."
+    elif row.not_before is not None and row.not_before > s.now:
+        yield f"It begins at {_when(row.not_before)}: it protects nothing and moves nothing until then."
+    elif row.state is RuleState.SUSPENDED:
+        yield "It is suspended: it protects what is there and covers what is attached, and its transfers wait."
     have = "has" if rule.files_available == 1 else "have"
     yield (
         f"The DID has {counted(rule.files_total, 'file')} with {human_bytes(rule.bytes_total)}; "
@@ -129,8 +97,12 @@ def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[s
     if row.state is RuleState.OK:
         yield "Every copy is there and was verified: the rule is satisfied."
     if rule.expires_at is not None:
-        yield f"It ends at {_when(rule.expires_at)}."
+        yield f"It ends at {_when(rule.expires_at)}{', once it is unlocked' if rule.locked else ''}."
+    if rule.locked:
+        yield "It is locked: nobody can delete it or take a copy from it."
+    yield from _eta_sentences(rule)
     yield from _moving_sentences(s, moving)
+    yield from _kept_sentences(s, rule.id)
     if row.placed_to is not None:
         yield "Places for the rest are being chosen now."
     if row.copies_missing:
@@ -153,24 +125,55 @@ def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[s
         yield f"The copies still missing are asked for at {_when(row.evaluate_at)}."
 
 
-def _moving_sentences(s: Session, moving: Sequence[sa.Row[Any]]) -> Iterator[str]:
+def _kept_sentences(s: Session, rule_id: int) -> Iterator[str]:
+    """Copies that are not wished any more, and are no copies that count."""
+    sums = (sa.func.count().label("copies"), sa.func.sum(locks.c.files_available).label("files"))
+    query = (
+        sa.select(endpoints.c.name, *sums)
+        .join_from(locks, endpoints)
+        .where(locks.c.rule_id == rule_id, locks.c.surplus)
+        .group_by(endpoints.c.name)
+        .order_by(endpoints.c.name)
+    )
+    for endpoint, copies, files in s.execute(query):
+        what = "1 copy of a unit" if copies == 1 else f"{copies} copies of units"
+        verb = "is" if copies == 1 else "are"
+        yield (
+            f"{what} at {endpoint} ({counted(int(files), 'file')} there) {verb} not wished any more, "
+            f"and {verb} kept until everything that is wished is there."
+        )
+
+
+def _eta_sentences(rule: wire.Rule) -> Iterator[str]:
+    eta = rule.eta
+    if eta is None:
+        if rule.state == "replicating" and rule.eta_note:
+            yield f"When it will be done cannot be told: {rule.eta_note}."
+    elif eta.likely is None or eta.pessimistic is None:
+        yield f"It is not done before {_when(eta.optimistic)}: {rule.eta_note}."
+    else:
+        band = f"between {_when(eta.optimistic)} and {_when(eta.pessimistic)}"
+        yield f"As the links were lately, it is done at about {_when(eta.likely)}, {band}."
+
+
+def _moving_sentences(s: Session, moving: Sequence[Group]) -> Iterator[str]:
     for row in moving:
         count = counted(row.files, "file")
         one = row.files == 1
         wait = "waits" if one else "wait"
         size = human_bytes(int(row.bytes))
-        if row.state in TRANSFER_LEASED:
+        if row.state is not None and row.state in TRANSFER_LEASED:
             done = f", {human_bytes(int(row.done))} of it done" if row.done else ""
             does = {
                 TransferState.CLAIMED: "was handed to a worker" if one else "were handed to a worker",
                 TransferState.MOVING: "is on its way" if one else "are on their way",
             }.get(row.state, "is being verified" if one else "are being verified")
             yield f"{count} ({size}{done}) {does} for {row.target}."
-        elif row.reason_code is None:
+        elif row.code is None:
             yield f"{count} ({size}) {wait} for a worker of {row.target}."
         else:
-            why = _WAITS_FOR.get(row.reason_code) or row.reason or row.reason_code
-            help_ = _HELPS.get(row.reason_code)
+            why = _WAITS_FOR.get(row.code) or row.reason or row.code
+            help_ = waiting.HELPS.get(row.code)
             helps = f" What helps: {help_}." if help_ else ""
             again = ""
             if row.not_before is not None and row.not_before > s.now:
@@ -178,5 +181,4 @@ def _moving_sentences(s: Session, moving: Sequence[sa.Row[Any]]) -> Iterator[str
             yield f"{count} ({size}) {wait} to go to {row.target}: {why}.{helps}{again}".replace("..", ".")
 
 
-def _when(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+_when = waiting.when

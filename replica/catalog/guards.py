@@ -6,10 +6,15 @@ Promises  everybody locks in the order account → collection → rule → endpo
           one kind. SQLite has one writer at a time and needs none of this.
 Partner   replica.catalog.locks, .rules and .outcomes call these before they count.
 
+Deletion stands between: rule → endpoint → file → replica → deletion → transfer, and never waits for a file (see
+replica.catalog.removable).
+
 What each lock protects:
     collection   shared: its files and datasets stay as they are (a new rule counts them); exclusive: they change
     rule         its locks, counters, state and reasons
     endpoint     which replica rows exist there and used_bytes, so that space is promised once; shared: they are counted
+    ledger       of an account, after the endpoints: what its quotas leave; for who holds endpoints shared also its
+                 usage, whose rows are written right before the commit, in order, and held for an instant
     replica      its state: whoever counted it as missing is told when it becomes available
     transfer     its state and epoch
 """
@@ -43,6 +48,17 @@ def change_collection(s: Session, did_id: int) -> None:
     """Its contents are about to change, or were just changed in this transaction."""
     if s.postgresql:
         s.execute(sa.select(dids.c.id).where(dids.c.id == did_id).with_for_update(key_share=True)).all()
+
+
+def change_collections(s: Session, did_ids: sa.Select[Any] | sa.CompoundSelect[Any]) -> None:
+    if s.postgresql:
+        query = sa.select(dids.c.id).where(dids.c.id.in_(did_ids)).order_by(dids.c.kind.desc(), dids.c.id)
+        s.execute(query.with_for_update(key_share=True)).all()
+
+
+def change_ledger(s: Session, account_id: int) -> None:
+    """The account's usage and what its quotas leave: for who does not hold the endpoints alone. After the endpoints."""
+    one_at_a_time(s, "usage", account_id)
 
 
 def keep_collections(s: Session, did_ids: Iterable[int], *, nested: bool) -> None:
@@ -99,10 +115,12 @@ def change_endpoints(s: Session, endpoint_ids: Ids) -> None:
         s.execute(query.with_for_update(key_share=True)).all()
 
 
-def keep_endpoints(s: Session, endpoint_ids: Sequence[int]) -> None:
-    if s.postgresql:
-        query = sa.select(endpoints.c.id).where(endpoints.c.id.in_(endpoint_ids)).order_by(endpoints.c.id)
-        s.execute(query.with_for_update(read=True)).all()
+def keep_endpoints(s: Session, endpoint_ids: Sequence[int]) -> int:
+    """Returns how many of them are in service, now that they stay as they are."""
+    if not s.postgresql:
+        return len(endpoint_ids)
+    query = sa.select(endpoints.c.decommissioned_at).where(endpoints.c.id.in_(endpoint_ids)).order_by(endpoints.c.id)
+    return sum(since is None for since in s.execute(query.with_for_update(read=True)).scalars())
 
 
 def change_replicas(s: Session, pairs: sa.FromClause, *, missing: bool = False) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog import guards, placing, provision, reasons
+from replica.catalog import guards, placing, provision, reasons, totals, usage
 from replica.catalog.bulk import ids_of, rows_of
 from replica.catalog.membership import (
     Unguessed,
@@ -31,14 +31,15 @@ from replica.catalog.membership import (
     is_covered,
     literal,
     of_pair,
+    replicas_of,
     units,
 )
-from replica.catalog.provision import LIVE, PAIR, is_stuck
+from replica.catalog.provision import LIVE, PAIR, count_available, is_stuck
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
-from replica.db.tables import dids, endpoints, files, locks, replicas, rules, transfers
+from replica.db.tables import EPOCH, Instant, dids, endpoints, files, locks, replicas, rules, transfers
 from rules.endpoints import Endpoint
-from rules.errors import InvalidExpression, Refused
+from rules.errors import Conflict, InvalidExpression, Refused
 from rules.states import (
     TRANSFER_LEASED,
     DidKind,
@@ -56,6 +57,11 @@ SLICE_UNITS = 10_000
 
 #: Rules in these states have no locks.
 _WITHOUT_LOCKS = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED)
+#: One that has ended and is due still has some, which are being removed (see replica.catalog.releasing).
+_MAY_HAVE_LOCKS = sa.or_(
+    rules.c.state.not_in(_WITHOUT_LOCKS),
+    sa.and_(rules.c.state == literal(RuleState.EXPIRED), rules.c.evaluate_at.is_not(None)),
+)
 
 
 # --- contents changed -----------------------------------------------------------------------------------------------
@@ -65,20 +71,25 @@ def content_attached(s: Session, parent_id: int, child_ids: Sequence[int]) -> No
     """These children are new in the parent, which the caller holds."""
     if not child_ids:
         return
+    batch = ids_of(s, "joined", child_ids)
+    _refuse_deleted(s, batch)
     holds_files = _kind(s, parent_id) is DidKind.DATASET
-    if not holds_files:
+    if holds_files:
+        totals.hold_files(s, batch)
+        totals.joined(s, parent_id, batch, len(child_ids))
+    else:
         guards.keep_collections(s, child_ids, nested=True)
     above = _rules_above(s, parent_id)
     if not above:
         return
     if holds_files:
-        _files_joined(s, parent_id, child_ids, above)
+        _files_joined(s, parent_id, batch, len(child_ids), above)
     else:
         _hold_every_endpoint(s)
-        for rule in above:
+        for rule in _alive(above):
             tree = closure(_roots(s, child_ids))
             place_units(s, rule, sa.select(units(tree, rule.grouping).subquery().c.unit_id))
-    settle(s, [rule.id for rule in above])
+    settle(s, [rule.id for rule in _alive(above)])
 
 
 def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> None:
@@ -86,7 +97,9 @@ def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> No
     if not child_ids:
         return
     holds_files = _kind(s, parent_id) is DidKind.DATASET
-    if not holds_files:
+    if holds_files:
+        totals.left(s, parent_id, child_ids)
+    else:
         guards.keep_collections(s, child_ids, nested=True)
     above = _rules_above(s, parent_id)
     if not above:
@@ -95,19 +108,35 @@ def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> No
     guards.change_endpoints(s, sa.select(locks.c.endpoint_id).where(locks.c.rule_id.in_(rule_ids)).distinct())
     if holds_files:
         lost = _files_left(s, parent_id, child_ids)
-        singles = [rule for rule in above if rule.grouping is Grouping.NONE]
+        changed = _with_surplus(s, rule_ids)
+        singles = [rule for rule in above if rule.grouping is Grouping.NONE or rule.id in changed]
         lost += _units_left(s, singles, child_ids, Grouping.NONE)
     else:
         lost = []
+        changed = _with_surplus(s, rule_ids)
         for grouping in Grouping:
-            concerned = [rule for rule in above if rule.grouping is grouping]
+            concerned = [rule for rule in above if rule.grouping is grouping or rule.id in changed]
             lost += _units_left(s, concerned, child_ids, grouping)
     release(s, _distinct_pairs(s, lost))
     # Copies that were wanted for what has gone are not missing any more.
     for rule in above:
         if rule.copies_missing:
             count_missing(s, rule)
-    settle(s, rule_ids)
+    settle(s, [rule.id for rule in _alive(above)])
+
+
+def _refuse_deleted(s: Session, batch: sa.FromClause) -> None:
+    """Conflict when one of these children was deleted after it was looked up; from here on none is."""
+    if s.postgresql:
+        gone = sa.select(1).select_from(batch).join(dids, dids.c.id == batch.c.id)
+        if s.execute(gone.where(Unguessed(dids.c.deleted_at.is_not(None))).limit(1)).scalar() is not None:
+            raise Conflict("one of these was deleted at this moment", hint="repeat the request")
+
+
+def _with_surplus(s: Session, rule_ids: Sequence[int]) -> set[int]:
+    """Those that keep copies they do not wish any more, maybe of units of another grouping."""
+    found = sa.select(locks.c.rule_id).where(locks.c.rule_id.in_(rule_ids), locks.c.surplus)
+    return set(s.execute(found.distinct()).scalars())
 
 
 def hold_for_registration(s: Session, pairs: sa.FromClause, endpoint_id: int, dataset_id: int | None) -> None:
@@ -121,7 +150,7 @@ def hold_for_registration(s: Session, pairs: sa.FromClause, endpoint_id: int, da
     if dataset_id is not None:
         above = ancestors(s, [dataset_id])
         of_dataset = sa.select(rules.c.id, rules.c.grouping).where(
-            rules.c.did_id.in_(sa.select(above.c.id)), rules.c.state.not_in(_WITHOUT_LOCKS)
+            rules.c.did_id.in_(sa.select(above.c.id)), _MAY_HAVE_LOCKS
         )
         if any(grouping is Grouping.NONE for _, grouping in s.execute(of_dataset)):
             guards.change_rules(s, sa.union(concerned, of_dataset.with_only_columns(rules.c.id)))
@@ -136,15 +165,24 @@ def hold_for_registration(s: Session, pairs: sa.FromClause, endpoint_id: int, da
     guards.change_endpoints(s, there)
 
 
+def _has_begun(s: Session, rule: sa.Row[Any]) -> bool:
+    """Whether the rule, which the caller holds, covers what is in its DID; else evaluation will see what is there then.
+
+    By another clock it may have begun already.
+    """
+    return rule.not_before is None or rule.not_before <= s.now or rule.evaluate_at != rule.not_before
+
+
 def _rules_above(s: Session, parent_id: int) -> Sequence[sa.Row[Any]]:
     """The rules that cover what is in the parent; the caller may change them from here on."""
     above = ancestors(s, [parent_id])
-    query = (
-        sa.select(rules)
-        .where(rules.c.did_id.in_(sa.select(above.c.id)), rules.c.state.not_in(_WITHOUT_LOCKS))
-        .order_by(rules.c.id)
-    )
-    return s.execute(query.with_for_update(of=rules, key_share=True) if s.postgresql else query).all()
+    query = sa.select(rules).where(rules.c.did_id.in_(sa.select(above.c.id)), _MAY_HAVE_LOCKS).order_by(rules.c.id)
+    held = s.execute(query.with_for_update(of=rules, key_share=True) if s.postgresql else query).all()
+    return [rule for rule in held if _has_begun(s, rule)]
+
+
+def _alive(above: Sequence[sa.Row[Any]]) -> list[sa.Row[Any]]:
+    return [rule for rule in above if rule.state is not RuleState.EXPIRED]
 
 
 def _kind(s: Session, did_id: int) -> DidKind:
@@ -157,36 +195,52 @@ def _roots(s: Session, ids: Sequence[int]) -> sa.Select[Any]:
     return sa.select(sa.literal(0).label("tag"), batch.c.id)
 
 
-def _files_joined(s: Session, parent_id: int, file_ids: Sequence[int], above: Sequence[sa.Row[Any]]) -> None:
-    singles = [rule for rule in above if rule.grouping is Grouping.NONE]
+def _files_joined(s: Session, parent_id: int, batch: sa.FromClause, count: int, above: Sequence[sa.Row[Any]]) -> None:
+    singles = [rule for rule in _alive(above) if rule.grouping is Grouping.NONE]
     if singles:
         _hold_every_endpoint(s)
     else:
         guards.change_endpoints(s, sa.select(locks.c.endpoint_id).where(locks.c.unit_id == parent_id))
-    batch = ids_of(s, "joined", file_ids)
-    wanted = (
+    given_up = sa.case((locks.c.surplus, 1), (rules.c.state == literal(RuleState.EXPIRED), 1), else_=0)
+    there = s.execute(
         sa.select(
-            batch.c.id.label("file_id"),
             locks.c.endpoint_id,
-            sa.func.max(files.c.size_bytes).label("size_bytes"),
-            sa.func.min(rules.c.id).label("rule_id"),
-            sa.func.max(rules.c.priority).label("priority"),
-            sa.func.min(rules.c.activity).label("activity"),
+            sa.func.min(rules.c.id),
+            sa.func.max(rules.c.priority),
+            sa.func.min(rules.c.activity),
+            sa.func.min(given_up),
         )
+        .join(rules, rules.c.id == locks.c.rule_id)
+        .where(locks.c.unit_id == parent_id)
+        .group_by(locks.c.endpoint_id)
+        .order_by(locks.c.endpoint_id)
+    ).all()
+    if there:
+        every = [tuple(row) for row in there]
+        pairs = _at(s, "locked_at", batch, every)
+        guards.change_replicas(s, pairs, missing=True)
+        _count_files(s, parent_id, pairs, 1)
+        usage.files_joined(s, parent_id, batch)
+        held = [rule.id for rule in above]
+        if wished := [row for row in every if not row[-1]]:
+            wanted = pairs if wished == every else _at(s, "wished_at", batch, wished)
+            if provision.provide(s, wanted, held).left_stuck:
+                look_soon(s, held)
+    for rule in singles:
+        place_units(s, rule, sa.select(batch.c.id), limit_files=count * rule.copies)
+
+
+def _at(s: Session, name: str, batch: sa.FromClause, there: Sequence[tuple[Any, ...]]) -> sa.Subquery:
+    """What provision takes: each of these files at each of these endpoints."""
+    columns = {"endpoint_id": sa.BigInteger(), "rule_id": sa.BigInteger(), "priority": sa.SmallInteger()}
+    at = rows_of(s, name, {**columns, "activity": sa.String()}, [row[:4] for row in there])
+    return (
+        sa.select(files.c.did_id.label("file_id"), files.c.size_bytes, *at.c)
         .select_from(batch)
         .join(files, files.c.did_id == batch.c.id)
-        .join(locks, locks.c.unit_id == parent_id)
-        .join(rules, rules.c.id == locks.c.rule_id)
-        .group_by(batch.c.id, locks.c.endpoint_id)
-        .subquery("wanted")
+        .join(at, sa.true())
+        .subquery(f"files_{name}")
     )
-    guards.change_replicas(s, wanted, missing=True)
-    _count_files(s, parent_id, wanted, 1)
-    held = [rule.id for rule in above]
-    if provision.provide(s, wanted, held).left_stuck:
-        look_soon(s, held)
-    for rule in singles:
-        place_units(s, rule, sa.select(batch.c.id), limit_files=len(file_ids) * rule.copies)
 
 
 def _hold_every_endpoint(s: Session) -> None:
@@ -238,6 +292,7 @@ def _files_left(s: Session, dataset_id: int, file_ids: Sequence[int]) -> list[tu
     )
     guards.change_replicas(s, pairs, missing=True)
     _count_files(s, dataset_id, pairs, -1)
+    usage.files_left(s, dataset_id, batch)
     where = s.execute(sa.select(locks.c.endpoint_id).where(locks.c.unit_id == dataset_id).distinct()).scalars().all()
     return [(file_id, endpoint_id) for endpoint_id in where for file_id in file_ids]
 
@@ -261,13 +316,13 @@ def _units_left(
             locks.c.unit_id.in_(sa.select(gone.c.unit_id)),
             sa.tuple_(locks.c.rule_id, locks.c.unit_id).not_in(sa.select(kept.c.tag, kept.c.unit_id)),
         )
-        .returning(locks.c.unit_id, locks.c.endpoint_id)
+        .returning(locks.c.rule_id, locks.c.unit_id, locks.c.endpoint_id)
     ).all()
     if not removed:
         return []
-    batch = rows_of(
-        s, "gone_locks", {"unit_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}, [tuple(row) for row in removed]
-    )
+    usage.discharge(s, [(rule_id, unit_id, endpoint_id) for rule_id, unit_id, endpoint_id in removed])
+    columns = {"unit_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}
+    batch = rows_of(s, "gone_locks", columns, [(unit_id, endpoint_id) for _, unit_id, endpoint_id in removed])
     held = files_of(batch)
     return [(f, e) for f, e in s.execute(sa.select(held.c.file_id, held.c.endpoint_id).distinct())]
 
@@ -297,7 +352,15 @@ def place_units(
             count_missing(s, rule)
     if more and rule.placed_to is None:
         s.execute(rules.update().where(rules.c.id == rule.id).values(placed_to=0))
-    provision.apply_locks(s, rule.id, limit_files)
+    if not more or not places_all_first(rule):
+        provision.apply_locks(s, rule.id, limit_files)
+
+
+def places_all_first(rule: sa.Row[Any]) -> bool:
+    """Datasets may share files: if what was chosen for some were made before the others are chosen for, space that is
+    reserved twice would be given back in between, and no plan could tell where these go."""
+    grouping: Grouping = rule.grouping
+    return grouping is Grouping.DATASET
 
 
 def _candidates_or_none(s: Session, rule: sa.Row[Any]) -> tuple[Endpoint, ...]:
@@ -318,7 +381,7 @@ def next_units(
     have = (
         sa.select(sa.func.count())
         .select_from(locks)
-        .where(locks.c.rule_id == rule.id, locks.c.unit_id == unit_id)
+        .where(locks.c.rule_id == rule.id, locks.c.unit_id == unit_id, sa.not_(locks.c.surplus))
         .scalar_subquery()
     )
     query = sa.select(unit_id).where(have < rule.copies).order_by(unit_id)
@@ -346,7 +409,8 @@ def count_missing(s: Session, rule: sa.Row[Any]) -> None:
     """Write down how many copies of units have no lock; exact while no round of placement is under way."""
     every = units_of_rule(rule).subquery()
     wanted = sa.select(sa.func.count()).select_from(every).scalar_subquery() * rule.copies
-    have = sa.select(sa.func.count()).select_from(locks).where(locks.c.rule_id == rule.id).scalar_subquery()
+    wished = locks.c.rule_id == rule.id, sa.not_(locks.c.surplus)
+    have = sa.select(sa.func.count()).select_from(locks).where(*wished).scalar_subquery()
     missing = s.execute(sa.select(wanted - have)).scalar_one()
     s.execute(rules.update().where(rules.c.id == rule.id).values(copies_missing=max(0, int(missing))))
 
@@ -375,40 +439,6 @@ def replicas_became_available(s: Session, pairs: sa.FromClause) -> None:
     settle(s, concerned)
 
 
-def count_available(s: Session, pairs: sa.FromClause, sign: int) -> list[int]:
-    """These became available (1), or no longer are (-1); their transfers are still as they were before.
-
-    Returns the ids of the rules that noticed; the caller holds them.
-    """
-    cover = covering(pairs)
-    was_stuck = sa.case((is_stuck(cover.c.file_id, cover.c.endpoint_id), 1), else_=0)
-    change = (
-        sa.select(
-            cover.c.rule_id,
-            cover.c.unit_id,
-            cover.c.endpoint_id,
-            sa.func.count().label("files"),
-            sa.func.sum(was_stuck).label("stuck"),
-        )
-        .group_by(cover.c.rule_id, cover.c.unit_id, cover.c.endpoint_id)
-        .subquery("change")
-    )
-    changed = s.execute(
-        locks.update()
-        .where(
-            locks.c.rule_id == change.c.rule_id,
-            locks.c.unit_id == change.c.unit_id,
-            locks.c.endpoint_id == change.c.endpoint_id,
-        )
-        .values(
-            files_available=locks.c.files_available + sign * change.c.files,
-            files_stuck=locks.c.files_stuck - sign * change.c.stuck,
-        )
-        .returning(locks.c.rule_id)
-    )
-    return sorted({rule_id for (rule_id,) in changed})
-
-
 def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
     """Transfers that waited for any good copy of these files need not wait longer."""
     freed = s.execute(
@@ -427,49 +457,57 @@ def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
 # --- releasing ------------------------------------------------------------------------------------------------------
 
 
-def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None) -> None:
+def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None, *, purge: bool = False) -> None:
     """What no rule (but `ignoring_rule`) protects any more, of `pairs`: transfers stop, copies may be deleted.
 
     Copies that had not come yet, and for which no worker holds a lease, vanish and give back their space. The caller
-    holds the rules and the endpoints of the pairs.
+    holds the rules and the endpoints of the pairs. `purge`: copies shall go at once, not when space is needed.
     """
     with by_index(s):
         unfinished = _unfinished(s, pairs, ignoring_rule)
         if unfinished:
             _stop(s, unfinished)
+        there, walk = replicas_of(s, pairs)
+        since, at = there.c.tombstone_at, sa.literal(EPOCH if purge else s.now, Instant())
+        # What a worker may still publish goes an hour later, and needs no purge for it (see rules.deletion).
+        came = sa.or_(there.c.state != literal(ReplicaState.COPYING), there.c.evidence == literal(Evidence.DECLARED))
+        free = (
+            sa.select(there.c.file_id, there.c.endpoint_id, came.label("came"))
+            .select_from(walk)
+            .where(
+                sa.or_(since.is_(None), sa.and_(came, since > EPOCH)) if purge else since.is_(None),
+                sa.not_(is_covered(there.c.file_id, there.c.endpoint_id, ignoring_rule, ignoring_ended=True)),
+            )
+            .distinct()
+            .subquery("free")
+        )
         s.execute(
             replicas.update()
-            .where(
-                of_pair(pairs),
-                Unguessed(replicas.c.tombstone_at.is_(None)),
-                sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule)),
-            )
-            .values(tombstone_at=s.now)
+            .where(replicas.c.file_id == free.c.file_id, replicas.c.endpoint_id == free.c.endpoint_id)
+            .values(tombstone_at=sa.case((free.c.came, at), else_=sa.literal(s.now, Instant())))
         )
 
 
 def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> Sequence[sa.Row[Any]]:
     """Replicas of `pairs` that nobody wants and that are not there, with whether a worker is at it."""
     guards.change_replicas(s, pairs, missing=True)
+    there, walk = replicas_of(s, pairs)
     leased = sa.exists(
         sa.select(1).where(
-            transfers.c.file_id == replicas.c.file_id,
-            transfers.c.target_id == replicas.c.endpoint_id,
+            transfers.c.file_id == there.c.file_id,
+            transfers.c.target_id == there.c.endpoint_id,
             any_of(transfers.c.state, TRANSFER_LEASED),
         )
     )
     return s.execute(
-        sa.select(
-            replicas.c.file_id, replicas.c.endpoint_id, replicas.c.state, files.c.size_bytes, leased.label("leased")
-        )
-        .select_from(pairs)
-        .join(replicas, of_pair(pairs))
-        .join(files, files.c.did_id == replicas.c.file_id)
+        sa.select(there.c.file_id, there.c.endpoint_id, there.c.state, files.c.size_bytes, leased.label("leased"))
+        .select_from(walk)
+        .join(files, files.c.did_id == there.c.file_id)
         .where(
-            Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)),
+            there.c.state != literal(ReplicaState.AVAILABLE),
             # Somebody said that the bytes are there: verifying them goes on, whoever wanted them as well.
-            Unguessed(replicas.c.evidence.is_distinct_from(Evidence.DECLARED)),
-            sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_rule)),
+            there.c.evidence.is_distinct_from(Evidence.DECLARED),
+            sa.not_(is_covered(there.c.file_id, there.c.endpoint_id, ignoring_rule, ignoring_ended=True)),
         )
         .distinct()
     ).all()

@@ -17,8 +17,8 @@ from sqlalchemy.ext.compiler import compiles
 
 from replica.catalog.bulk import ids_of
 from replica.db.engine import Session
-from replica.db.tables import contents, dids, files, locks, replicas
-from rules.states import DidKind, Grouping
+from replica.db.tables import contents, dids, files, locks, replicas, rules
+from rules.states import DidKind, Grouping, RuleState
 
 
 def closure(roots: sa.Select[Any], name: str = "closure") -> sa.CTE:
@@ -115,21 +115,50 @@ def covering(pairs: sa.FromClause) -> sa.Subquery:
 
 
 def is_covered(
-    file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any], ignoring_rule: int | None = None
+    file_id: sa.ColumnElement[Any],
+    endpoint_id: sa.ColumnElement[Any],
+    ignoring_rule: int | None = None,
+    *,
+    ignoring_ended: bool = False,
 ) -> sa.ColumnElement[bool]:
-    """Whether any rule (but `ignoring_rule`) protects the file at the endpoint."""
+    """Whether any rule (but `ignoring_rule`) protects the file at the endpoint.
+
+    `ignoring_ended`: rules whose locks are being removed do not count.
+    """
     own, of_dataset = locks.alias("own_lock"), locks.alias("dataset_lock")
     by_file = sa.select(1).where(own.c.unit_id == file_id, Unguessed(own.c.endpoint_id == endpoint_id))
-    by_dataset = (
-        sa.select(1)
-        .select_from(contents)
-        .join(of_dataset, of_dataset.c.unit_id == Computed(contents.c.parent_id))
-        .where(contents.c.child_id == file_id, Unguessed(of_dataset.c.endpoint_id == endpoint_id))
+    above = sa.select(1).where(
+        of_dataset.c.unit_id == contents.c.parent_id, Unguessed(of_dataset.c.endpoint_id == endpoint_id)
     )
     if ignoring_rule is not None:
         by_file = by_file.where(Unguessed(own.c.rule_id != ignoring_rule))
-        by_dataset = by_dataset.where(Unguessed(of_dataset.c.rule_id != ignoring_rule))
+        above = above.where(Unguessed(of_dataset.c.rule_id != ignoring_rule))
+    if ignoring_ended:
+        by_file = by_file.where(sa.not_(_has_ended(own)))
+        above = above.where(sa.not_(_has_ended(of_dataset)))
+    # One inside the other, not a join: with statistics of a time when there were few locks, a join reads all of them.
+    by_dataset = sa.select(1).where(contents.c.child_id == file_id, Unguessed(sa.exists(above)))
     return Unguessed(sa.or_(sa.exists(by_file), sa.exists(by_dataset)))
+
+
+def is_wished(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Whether any rule wants the file at the endpoint: none that has ended, and by no lock that it has given up."""
+    own, of_dataset = locks.alias("own_wish"), locks.alias("dataset_wish")
+
+    def wishes(lock: Any) -> sa.ColumnElement[bool]:
+        return Unguessed(
+            sa.and_(lock.c.endpoint_id == endpoint_id, lock.c.surplus.is_(False), sa.not_(_has_ended(lock)))
+        )
+
+    by_file = sa.select(1).where(own.c.unit_id == file_id, wishes(own))
+    above = sa.select(1).where(of_dataset.c.unit_id == contents.c.parent_id, wishes(of_dataset))
+    by_dataset = sa.select(1).where(contents.c.child_id == file_id, Unguessed(sa.exists(above)))
+    return Unguessed(sa.or_(sa.exists(by_file), sa.exists(by_dataset)))
+
+
+def _has_ended(lock: sa.FromClause) -> sa.ColumnElement[bool]:
+    ended = sa.select(1).where(rules.c.id == lock.c.rule_id, Unguessed(rules.c.state == literal(RuleState.EXPIRED)))
+    return Unguessed(sa.exists(ended))
 
 
 @contextlib.contextmanager
@@ -203,3 +232,20 @@ def _plus_nothing(element: Computed, compiler: Any, **kw: Any) -> str:
 def of_pair(pairs: sa.FromClause) -> sa.ColumnElement[bool]:
     """The replica of a pair of `file_id` and `endpoint_id`."""
     return sa.and_(replicas.c.file_id == pairs.c.file_id, Unguessed(replicas.c.endpoint_id == pairs.c.endpoint_id))
+
+
+def replicas_of(s: Session, pairs: sa.FromClause) -> tuple[sa.FromClause, sa.FromClause]:
+    """The replicas of these pairs, and what to select them from.
+
+    PostgreSQL walks from each pair to its replica, and tests what else is asked about it after that: asked of a batch
+    and of a table that it takes for small, it would rather ask it of every replica there is.
+    """
+    if not s.postgresql:
+        return replicas, pairs.join(replicas, of_pair(pairs))
+    there = (
+        sa.select(replicas)
+        .where(replicas.c.file_id == pairs.c.file_id, replicas.c.endpoint_id == pairs.c.endpoint_id)
+        .offset(0)
+        .lateral("there")
+    )
+    return there, pairs.join(there, sa.true())

@@ -70,7 +70,7 @@ def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) 
         for row in rows:
             order = _order(row, world)
             if isinstance(order, str):
-                impossible.append((row.id, "path_taken" if row.id in world.taken else "no_source", order))
+                impossible.append((row.id, _obstacle(row, world), order))
             else:
                 orders.append(order)
         _lease(s, [order.transfer for order in orders], claim.worker, lease_seconds)
@@ -283,7 +283,12 @@ def _taken(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> dict[int, 
             .join(replicas, sa.and_(replicas.c.file_id == dids.c.id, replicas.c.endpoint_id == rivals.c.endpoint_id))
             .where(
                 replicas.c.path.is_(None),
-                sa.or_(replicas.c.state == literal(ReplicaState.AVAILABLE), dids.c.id < rivals.c.file_id),
+                # What lies there, or waits to be cleared away: its deletion would take the other's bytes.
+                sa.or_(
+                    replicas.c.state != literal(ReplicaState.COPYING),
+                    replicas.c.tombstone_at.is_not(None),
+                    dids.c.id < rivals.c.file_id,
+                ),
             )
         )
         found |= {row.id: Did(row.scope, row.name) for row in s.execute(shared)}
@@ -297,6 +302,8 @@ def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
     if at_target is None:
         return "its replica is not in the catalogue"  # cannot be; the next evaluation of its rule makes it
     target = world.endpoint[row.target_id]
+    if at_target.state is ReplicaState.DELETING:
+        return "it is being deleted there at this moment, and is copied again after that"
     if (other := world.taken.get(row.id)) is not None:
         return f"its path at {target.name} is that of {other}"
     allowed = world.allowed.get(row.rule_id)
@@ -337,6 +344,13 @@ def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
         ],
         attempt=row.attempts + 1,
     )
+
+
+def _obstacle(row: sa.Row[Any], world: _World) -> str:
+    at_target = world.replicas.get(row.file_id, {}).get(row.target_id)
+    if at_target is not None and at_target.state is ReplicaState.DELETING:
+        return "deletion_under_way"
+    return "path_taken" if row.id in world.taken else "no_source"
 
 
 def _path(did: Did, replica: sa.Row[Any], world: _World) -> str:

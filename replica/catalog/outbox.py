@@ -2,22 +2,35 @@
 
 Given     an event: its kind, the entity it is about, and what is worth telling.
 Returns   nothing; whoever listens reads it by cursor after the commit.
-Promises  an event is there if and only if its change is. Versions of an entity go up by one without gaps. Two
-          statements for all events of a transaction.
-Partner   every module of replica.catalog that changes something people care about.
+Promises  an event is there if and only if its change is; what a savepoint undid was never told. Versions of an
+          entity go up by one without gaps. Two statements for all events of a transaction, and one for any number of
+          transfers that ended.
+Partner   every module of replica.catalog that changes something people care about; replica.catalog.events reads.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 
 from replica.catalog.bulk import Columns, insert, rows_of
+from replica.catalog.membership import literal
 from replica.db.engine import Session
-from replica.db.tables import Instant, Json, events, versions
+from replica.db.tables import Instant, events, versions
+from rules.states import TransferState
+
+#: Wakes who delivers, after the commit.
+DELIVERY = "events"
+#: Wakes who looks for new data, after the commit.
+SUBSCRIPTIONS = "subscriptions"
+
+#: Nothing to say is NULL, not the JSON `null`.
+_Payload = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +42,35 @@ class Event:
     payload: dict[str, Any]
 
 
-def record(s: Session, kind: str, entity_id: int, account_id: int | None = None, **payload: Any) -> None:
+def record(s: Session, kind: str, entity_id: int, /, account_id: int | None = None, **payload: Any) -> None:
     """Remember that this happened: `kind` is `entity.what`, for example `rule.ok`. Written right before the commit.
 
-    The caller holds the entity's row, so that nobody else counts up its version meanwhile.
+    Whoever records another event of this entity waits for the commit, so a transaction that changes several does it
+    in the order of replica.catalog.guards.
     """
-    s.events.append(Event(kind, kind.partition(".")[0], entity_id, account_id, payload))
-    s.before_commit[_write] = None
+    entity = kind.partition(".")[0]
+    s.events.append(Event(kind, entity, entity_id, account_id, payload))
+    s.tell = _write
+    s.wake.add(DELIVERY)
+    if entity == "did":
+        s.wake.add(SUBSCRIPTIONS)
+
+
+def record_ends(s: Session, ends: Sequence[tuple[int, TransferState]]) -> None:
+    """Transfers that are done or have failed: one event each, in one statement.
+
+    It is the only one of its transfer, for a transfer that is tried again is another one. It carries nothing: what
+    there is to tell, the transfer's row tells. It wakes nobody: there are thousands, and who wants them looks often.
+    """
+    if not ends:
+        return
+    columns: Columns = {"id": sa.BigInteger(), "state": sa.SmallInteger()}
+    ended = rows_of(s, "ends_told", columns, [(id_, state.value) for id_, state in ends])
+    kind = sa.case((ended.c.state == literal(TransferState.DONE), "transfer.done"), else_="transfer.failed")
+    rows = sa.select(
+        sa.literal("transfer"), ended.c.id, kind, sa.literal(1), sa.literal(s.now, Instant()), _transaction(s)
+    )
+    s.execute(events.insert().from_select(["entity", "entity_id", "kind", "version", "at", "tx"], rows))
 
 
 def _write(s: Session) -> None:
@@ -68,7 +103,7 @@ def _write(s: Session) -> None:
         "kind": sa.String(),
         "version": sa.Integer(),
         "account_id": sa.BigInteger(),
-        "payload": Json,
+        "payload": _Payload,
     }
     given = rows_of(s, "events_told", columns, rows)
     s.execute(
@@ -83,5 +118,6 @@ def _write(s: Session) -> None:
 def _transaction(s: Session) -> sa.ColumnElement[int]:
     """The number of this transaction; on SQLite, where one writes at a time, ids alone are in the order of commits."""
     if s.postgresql:
-        return sa.cast(sa.cast(sa.func.pg_current_xact_id(), sa.String()), sa.BigInteger())
+        number = sa.cast(sa.cast(sa.func.pg_current_xact_id(), sa.String()), sa.BigInteger())
+        return sa.select(number).scalar_subquery()  # asked once, not for each row
     return sa.literal(0, sa.BigInteger())

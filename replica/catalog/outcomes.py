@@ -20,9 +20,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import guards, locks, provision, reasons
+from replica.catalog import guards, locks, outbox, provision, reasons, rule_transfers, traffic
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import Unguessed, any_of, covering, literal, of_pair
+from replica.catalog.membership import Unguessed, any_of, covering, is_wished, literal, of_pair
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
@@ -102,26 +102,24 @@ def report(
     columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
     wanted = rows_of(s, "outcomes", columns, sorted((o.transfer, o.epoch) for o in report.outcomes))
     current = (
-        sa.select(*_NEEDED)
+        sa.select(*_NEEDED, files.c.size_bytes.label("file_size"), *(files.c[a] for a in DIGITS))
         .join(wanted, sa.and_(wanted.c.id == transfers.c.id, wanted.c.epoch == transfers.c.epoch))
+        .join(files, files.c.did_id == transfers.c.file_id)
         .where(Unguessed(transfers.c.site_id == site_id), Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
         .order_by(transfers.c.id)
     )
     sources = _endpoint_ids(s, {o.source_endpoint for o in report.outcomes if o.source_endpoint})
-    found = s.execute(current).all()
 
     def carry_out() -> list[_Ending]:
-        held = _hold(s, found, said, sources)
-        # Only now nobody else can end them: what was current before may not be any more.
-        still = s.execute(current.with_for_update(of=transfers, key_share=True)).all() if s.postgresql else found
-        endings = [_ending(row, said[row.id], sources, report.worker) for row in still]
+        found = s.execute(current).all()
+        endings = [_ending(row, said[row.id], sources, report.worker) for row in found]
         if endings:
-            _check_content(s, endings, said)
+            _check_content(endings, found, said)
             _decide(s, endings, fraction, policy)
-            _carry_out(s, endings, held)
+            _carry_out(s, endings, _hold(s, found, said, sources))
         return endings
 
-    endings = _again_if_rules_came(s, carry_out) if found else []
+    endings = _again_if_it_changed(s, carry_out)
     accepted = {ending.id for ending in endings}
     return wire.ReportAnswer(
         accepted=len(accepted), stale=[o.transfer for o in report.outcomes if o.transfer not in accepted]
@@ -158,7 +156,7 @@ def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
             provision.wake_sites(s, {row.site_id for row in still})
         return endings
 
-    return len(_again_if_rules_came(s, carry_out))
+    return len(_again_if_it_changed(s, carry_out))
 
 
 def _lost(row: sa.Row[Any], policy: RetryPolicy) -> _Ending:
@@ -186,16 +184,18 @@ def _lost(row: sa.Row[Any], policy: RetryPolicy) -> _Ending:
     return ending
 
 
-class _RulesCame(Exception):
-    """A rule that was added meanwhile covers a replica of the batch, and is not held."""
+class _ItChanged(Exception):
+    """A rule that was added meanwhile covers a replica of the batch, and is not held; or somebody else has ended a
+    transfer of the batch."""
 
 
-def _again_if_rules_came(s: Session, carry_out: Callable[[], list[_Ending]]) -> list[_Ending]:
-    """Rules are held before replicas. Who finds one too late lets go of everything and begins again."""
+def _again_if_it_changed(s: Session, carry_out: Callable[[], list[_Ending]]) -> list[_Ending]:
+    """Rules are held before replicas, and these before transfers. Who finds one too late lets go of everything and
+    begins again."""
     if not s.postgresql:
         return carry_out()
     for _ in range(5):
-        with contextlib.suppress(_RulesCame), s.connection.begin_nested():
+        with contextlib.suppress(_ItChanged), s.savepoint():
             return carry_out()
     raise Conflict("rules for these files are being added faster than they can be counted", hint="report again")
 
@@ -216,9 +216,11 @@ def _hold(s: Session, found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome
         return set()
     targets = {(row.file_id, row.target_id) for row in found}
     blamed = {
-        (row.file_id, sources[o.source_endpoint])
+        (row.file_id, source_id)
         for row in found
-        if (o := said.get(row.id)) is not None and _is_blame(o) and o.source_endpoint in sources
+        if (o := said.get(row.id)) is not None
+        and _is_blame(o)
+        and (source_id := sources.get(o.source_endpoint or "", row.source_id)) is not None
     }
     pairs = rows_of(s, "concerned", PAIR, sorted(targets | blamed))
     held = guards.change_rules_covering(s, pairs)
@@ -253,17 +255,13 @@ def _ending(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worke
     )
 
 
-def _check_content(s: Session, endings: list[_Ending], said: dict[int, wire.Outcome]) -> None:
+def _check_content(endings: list[_Ending], found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome]) -> None:
     """A worker that says *done* and names other content than the catalogue has failed, whatever it says."""
-    done = [ending for ending in endings if ending.outcome == "done"]
-    if not done:
-        return
-    ids = ids_of(s, "done_files", sorted({ending.file_id for ending in done}))
-    known = {row.did_id: row for row in s.execute(sa.select(files).join(ids, ids.c.id == files.c.did_id))}
-    for ending in done:
-        file, outcome = known[ending.file_id], said[ending.id]
-        values = file._mapping
-        if outcome.size in (None, file.size_bytes) and _all_known_and_equal(outcome.checksums, values):
+    for ending, file in zip(endings, found, strict=True):
+        if ending.outcome != "done":
+            continue
+        outcome, values = said[ending.id], file._mapping
+        if outcome.size in (None, file.file_size) and _all_known_and_equal(outcome.checksums, values):
             continue
         mine = Checksums.of({a: values[a].hex() for a in DIGITS if values[a] is not None})
         try:
@@ -271,8 +269,8 @@ def _check_content(s: Session, endings: list[_Ending], said: dict[int, wire.Outc
         except Invalid as error:
             _differs(ending, f"the worker reported a checksum that is none: {error.message}")
             continue
-        if outcome.size is not None and outcome.size != file.size_bytes:
-            _differs(ending, f"the target has {outcome.size} bytes, the catalogue {file.size_bytes}")
+        if outcome.size is not None and outcome.size != file.file_size:
+            _differs(ending, f"the target has {outcome.size} bytes, the catalogue {file.file_size}")
         elif mine.compare(theirs) is Agreement.DIFFER:
             _differs(ending, "the checksums at the target are not those of the catalogue")
         elif mine.compare(theirs) is Agreement.AGREE:
@@ -341,7 +339,8 @@ def _other_sources(s: Session, failed: Sequence[_Ending]) -> dict[int, int]:
 
 
 def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
-    """Rules, replicas and transfers are held. Counters move while the transfers are still as they were."""
+    """Rules and replicas are held. Counters move while the transfers are still as they were: under way, so that none
+    of the copies they bring is counted as stuck."""
     touched: set[int] = set()
     done = [ending for ending in endings if ending.state is TransferState.DONE]
     failed = [ending for ending in endings if ending.state is TransferState.FAILED]
@@ -350,8 +349,11 @@ def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
     if done:
         _learn(s, done)  # while it can be seen which replicas were only declared
         came = _make_available(s, done)
-        touched.update(locks.count_available(s, came, 1))
+        touched.update(provision.count_available(s, came, 1, none_stuck=True))
     _end_transfers(s, endings)
+    again = sorted(ending.pair for ending in endings if ending.state is TransferState.QUEUED)
+    if again:
+        rule_transfers.keep_waiting(s, rows_of(s, "queued_again", PAIR, again))
     if came is not None:
         locks.sources_appeared(s, came)
     if failed:
@@ -360,8 +362,9 @@ def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
         _note(s, failed)
     touched.update(_blame(s, endings))
     if s.postgresql and not touched <= held:
-        raise _RulesCame
+        raise _ItChanged
     settle(s, touched)
+    traffic.add(s, endings)  # last: all reports about a link wait for it
 
 
 def _keep_attempts(s: Session, endings: list[_Ending]) -> None:
@@ -433,8 +436,10 @@ def _learn(s: Session, done: list[_Ending]) -> None:
 
 
 def _end_transfers(s: Session, endings: list[_Ending]) -> None:
+    """Where nobody else has ended them since they were looked at."""
     columns: Columns = {
         "id": sa.BigInteger(),
+        "epoch": sa.Integer(),
         "state": sa.SmallInteger(),
         "attempts": sa.Integer(),
         "source_id": sa.BigInteger(),
@@ -448,6 +453,7 @@ def _end_transfers(s: Session, endings: list[_Ending]) -> None:
     rows = [
         (
             e.id,
+            e.epoch,
             e.state.value,
             e.attempts_after,
             e.source_id,
@@ -460,11 +466,22 @@ def _end_transfers(s: Session, endings: list[_Ending]) -> None:
         for e in endings
     ]
     batch = rows_of(s, "endings", columns, rows)
-    s.execute(
-        transfers.update()
-        .where(transfers.c.id == batch.c.id)
-        .values({name: batch.c[name] for name in columns if name != "id"} | {"lease_until": None})
+    held = (
+        sa.select(batch)
+        .select_from(batch)
+        .join(transfers, sa.and_(transfers.c.id == batch.c.id, transfers.c.epoch == batch.c.epoch))
+        .where(Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
+        .order_by(transfers.c.id)
     )
+    mine = (held.with_for_update(of=transfers, key_share=True) if s.postgresql else held).subquery("mine")
+    ended = s.execute(
+        transfers.update()
+        .where(transfers.c.id == mine.c.id)
+        .values({name: mine.c[name] for name in columns if name not in ("id", "epoch")} | {"lease_until": None})
+    )
+    if ended.rowcount < len(endings):
+        raise _ItChanged
+    outbox.record_ends(s, [(e.id, e.state) for e in endings if e.state in terminal])
 
 
 def _note(s: Session, failed: list[_Ending]) -> None:
@@ -518,7 +535,7 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
         return []
     pairs = rows_of(s, "guilty", PAIR, guilty)
     s.execute(replicas.update().where(of_pair(pairs)).values(state=ReplicaState.UNAVAILABLE))
-    touched = locks.count_available(s, pairs, -1)
+    touched = provision.count_available(s, pairs, -1)
     cover = covering(pairs)
     wanted = (
         sa.select(
@@ -531,6 +548,7 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
         )
         .join(files, files.c.did_id == cover.c.file_id)
         .join(rules, rules.c.id == cover.c.rule_id)
+        .where(is_wished(cover.c.file_id, cover.c.endpoint_id))
         .group_by(cover.c.file_id, cover.c.endpoint_id)
         .subquery("wanted")
     )

@@ -16,10 +16,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog import guards
+from replica.catalog import guards, revival, rule_transfers
 from replica.catalog.bulk import Columns, insert, rows_of
 from replica.catalog.membership import Unguessed, any_of, covering, files_of, literal, of_pair
-from replica.catalog.rule_states import look_soon
+from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import contents, endpoints, files, locks, replicas, rules, sites, transfers
 from rules.states import TRANSFER_TERMINAL, ReplicaState, TransferState
@@ -36,7 +36,7 @@ def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
 
     The caller holds the rule and the endpoints of its locks, and settles the rule.
     """
-    bounds = _next_bounds(s, rule_id, limit_files)
+    bounds, files_of_bounds = _next_bounds(s, rule_id, limit_files)
     if not bounds:
         return 0
     columns = {name: sa.BigInteger() for name in ("rule_id", "unit_id", "endpoint_id", "after", "upto", "next")}
@@ -55,7 +55,7 @@ def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
         .group_by(held.c.file_id, held.c.endpoint_id, rules.c.id)
         .subquery("wanted")
     )
-    provided = provide(s, wanted, {rule_id})
+    provided = provide(s, wanted, {rule_id}, files_of_bounds)
     if provided.left_stuck:
         look_soon(s, [rule_id])
     lock = sa.and_(
@@ -77,14 +77,17 @@ def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
             bytes_pending=sa.case((part.c.next.is_(None), 0), (left < 0, 0), else_=left),
         )
     )
-    return int(s.execute(sa.select(sa.func.count()).select_from(held)).scalar_one())
+    return max(files_of_bounds, 1)
 
 
-def _next_bounds(s: Session, rule_id: int, limit_files: int) -> list[tuple[int, int, int, int, int, int | None]]:
-    """`(rule, unit, endpoint, after, upto, next)`: whole units as long as they fit, else a part of the first one."""
+def _next_bounds(
+    s: Session, rule_id: int, limit_files: int
+) -> tuple[list[tuple[int, int, int, int, int, int | None]], int]:
+    """`(rule, unit, endpoint, after, upto, next)`: whole units as long as they fit, else a part of the first one; and
+    how many files that is at most."""
     query = (
         sa.select(locks.c.unit_id, locks.c.endpoint_id, locks.c.applied_to, locks.c.files_total)
-        .where(locks.c.rule_id == rule_id, locks.c.applied_to.is_not(None))
+        .where(locks.c.rule_id == rule_id, locks.c.applied_to.is_not(None), sa.not_(locks.c.surplus))
         .order_by(locks.c.unit_id, locks.c.endpoint_id)
         .limit(max(limit_files, 1))
     )
@@ -104,10 +107,10 @@ def _next_bounds(s: Session, rule_id: int, limit_files: int) -> list[tuple[int, 
                 .limit(1)
             ).scalar()
             end = everything if upto is None else upto
-            return [(rule_id, lock.unit_id, lock.endpoint_id, lock.applied_to, end, upto)]
+            return [(rule_id, lock.unit_id, lock.endpoint_id, lock.applied_to, end, upto)], limit_files
         else:
             break
-    return bounds
+    return bounds, limit_files - room
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +121,31 @@ class Provided:
     left_stuck: bool
 
 
-def provide(s: Session, wanted: sa.FromClause, held: Collection[int]) -> Provided:
+def provide(s: Session, wanted: sa.FromClause, held: Collection[int], pairs: int | None = None) -> Provided:
     """Make what is missing for `(file_id, endpoint_id, size_bytes, rule_id, priority, activity)`, one row for a pair.
 
-    The caller holds the endpoints and the rules `held`, and settles these.
+    The caller holds the endpoints and the rules `held`, and settles these. `pairs`: there are not more than so many.
     """
+    _revive(s, wanted, held)
     stuck = [(row.file_id, row.endpoint_id) for row in s.execute(_in_vain(wanted))]
     if stuck:
         batch = rows_of(s, "stuck_before", PAIR, stuck)
         if set(s.execute(sa.select(covering(batch).c.rule_id).distinct()).scalars()) <= set(held):
             count_stuck(s, batch, -1)
             stuck = []
-    created = _make_replicas(s, wanted)
-    _protect(s, wanted)
-    _raise_priority(s, wanted)
+    created, rows = _make_replicas(s, wanted)
+    if rows != pairs:  # else all are new, and nothing of them was released, or queued for somebody else
+        _protect(s, wanted)
+        _raise_priority(s, wanted)
     _make_transfers(s, wanted, rows_of(s, "left_stuck", PAIR, stuck) if stuck else None)
+    rule_transfers.keep_waiting(s, wanted, held)
     return Provided(created, bool(stuck))
+
+
+def _revive(s: Session, wanted: sa.FromClause, held: Collection[int]) -> None:
+    """What is there and was to be deleted stays, and counts."""
+    if back := revival.revive(s, wanted, held):
+        settle(s, set(count_available(s, rows_of(s, "revived", PAIR, back), 1)) - set(held))
 
 
 def provide_again(s: Session, wanted: sa.FromClause) -> list[int]:
@@ -180,15 +192,21 @@ def wanted_by(s: Session, rule_id: int, pairs: list[tuple[int, int]]) -> sa.Subq
     )
 
 
-def _make_replicas(s: Session, wanted: sa.FromClause) -> dict[int, int]:
+def _make_replicas(s: Session, wanted: sa.FromClause) -> tuple[dict[int, int], int]:
+    """Bytes of what was made, by endpoint; and how many rows that is."""
     # No look whether they are there: a row that somebody is deleting at this moment must be waited for, not skipped.
     # Written out: within RETURNING, SQLAlchemy would not see that `replicas` is the row just made.
     size = sa.literal_column("(SELECT size_bytes FROM files WHERE did_id = replicas.file_id)", sa.BigInteger())
     made = s.execute(
         insert(s, replicas)
         .from_select(
-            ["file_id", "endpoint_id", "state"],
-            sa.select(wanted.c.file_id, wanted.c.endpoint_id, literal(ReplicaState.COPYING))
+            ["file_id", "endpoint_id", "state", "generation"],
+            sa.select(
+                wanted.c.file_id,
+                wanted.c.endpoint_id,
+                literal(ReplicaState.COPYING),
+                revival.next_generation(wanted.c.file_id, wanted.c.endpoint_id),
+            )
             .where(sa.true())
             .order_by(wanted.c.file_id, wanted.c.endpoint_id),
         )
@@ -196,10 +214,11 @@ def _make_replicas(s: Session, wanted: sa.FromClause) -> dict[int, int]:
         .returning(replicas.c.endpoint_id, size)
     )
     created: Counter[int] = Counter()
-    for endpoint_id, size_bytes in made:
+    rows = made.all()
+    for endpoint_id, size_bytes in rows:
         created[endpoint_id] += size_bytes
     book(s, created)
-    return created
+    return created, len(rows)
 
 
 def book(s: Session, bytes_by_endpoint: dict[int, int]) -> None:
@@ -226,16 +245,30 @@ def _protect(s: Session, wanted: sa.FromClause) -> None:
 
 
 def _raise_priority(s: Session, wanted: sa.FromClause) -> None:
-    """Who is in a hurry takes along what others queued with less."""
+    """Who is in a hurry takes along what others queued with less, and what waits because they are suspended."""
+    waits = sa.and_(
+        transfers.c.state == literal(TransferState.WAITING), transfers.c.reason_code == rule_transfers.SUSPENDED
+    )
     s.execute(
         transfers.update()
         .where(
             transfers.c.file_id == wanted.c.file_id,
             transfers.c.target_id == wanted.c.endpoint_id,
-            Unguessed(transfers.c.state == literal(TransferState.QUEUED)),
-            Unguessed(transfers.c.priority < wanted.c.priority),
+            Unguessed(
+                sa.or_(
+                    sa.and_(
+                        transfers.c.state == literal(TransferState.QUEUED), transfers.c.priority < wanted.c.priority
+                    ),
+                    waits,
+                )
+            ),
         )
-        .values(priority=wanted.c.priority)
+        .values(
+            priority=sa.case((transfers.c.priority < wanted.c.priority, wanted.c.priority), else_=transfers.c.priority),
+            state=literal(TransferState.QUEUED),
+            reason_code=sa.case((waits, None), else_=transfers.c.reason_code),
+            reason=sa.case((waits, None), else_=transfers.c.reason),
+        )
     )
 
 
@@ -317,6 +350,43 @@ def count_stuck(s: Session, pairs: sa.FromClause, sign: int) -> list[int]:
             locks.c.endpoint_id == change.c.endpoint_id,
         )
         .values(files_stuck=locks.c.files_stuck + sign * change.c.files)
+        .returning(locks.c.rule_id)
+    )
+    return sorted({rule_id for (rule_id,) in changed})
+
+
+def count_available(s: Session, pairs: sa.FromClause, sign: int, *, none_stuck: bool = False) -> list[int]:
+    """These became available (1), or no longer are (-1); their transfers are still as they were before.
+
+    `none_stuck`: all of them have one under way. Returns the ids of the rules that noticed; the caller holds them.
+    """
+    cover = covering(pairs)
+    was_stuck: sa.ColumnElement[int] = sa.literal(0)
+    if not none_stuck:
+        was_stuck = sa.case((is_stuck(cover.c.file_id, cover.c.endpoint_id), 1), else_=0)
+    change = (
+        sa.select(
+            cover.c.rule_id,
+            cover.c.unit_id,
+            cover.c.endpoint_id,
+            sa.func.count().label("files"),
+            sa.func.sum(was_stuck).label("stuck"),
+        )
+        .group_by(cover.c.rule_id, cover.c.unit_id, cover.c.endpoint_id)
+        .subquery("change")
+    )
+    changed = s.execute(
+        locks.update()
+        .where(
+            locks.c.rule_id == change.c.rule_id,
+            locks.c.unit_id == change.c.unit_id,
+            locks.c.endpoint_id == change.c.endpoint_id,
+        )
+        .values(
+            files_available=locks.c.files_available + sign * change.c.files,
+            files_stuck=locks.c.files_stuck - sign * change.c.stuck,
+            troubled_at=None if sign > 0 else locks.c.troubled_at,
+        )
         .returning(locks.c.rule_id)
     )
     return sorted({rule_id for (rule_id,) in changed})

@@ -26,6 +26,11 @@ RETRY_SECONDS_MAX = 3600
 
 MESSAGE_LENGTH_MAX = 2_000
 
+#: What a person decided or has to decide: no evaluation makes it untrue.
+DECIDED = ("waiting_approval", "suspended")
+#: Copies shall leave an endpoint, and no other can take them: a satisfied rule may have this, too.
+NOT_MOVED = "not_moved"
+
 _COLUMNS: Columns = {
     "rule_id": sa.BigInteger(),
     "code": sa.String(),
@@ -60,14 +65,26 @@ def add(s: Session, found: Sequence[Found]) -> None:
 
 
 def replace(s: Session, rule_id: int, found: Sequence[Found]) -> None:
-    """These are all the reasons of the rule now."""
-    s.execute(reasons.update().where(reasons.c.rule_id == rule_id, reasons.c.files > 0).values(files=0))
+    """These are all the reasons of the rule now, besides what people decided."""
+    found_before = reasons.c.rule_id == rule_id, reasons.c.files > 0, reasons.c.code.not_in(DECIDED)
+    s.execute(reasons.update().where(*found_before).values(files=0))
     _write(s, found, added=False)
 
 
 def clear(s: Session, rule_ids: Sequence[int]) -> None:
-    """These rules are satisfied, or gone."""
+    """These rules are gone."""
     s.execute(reasons.delete().where(reasons.c.rule_id.in_(rule_ids)))
+
+
+def satisfied(s: Session, rule_ids: Sequence[int]) -> None:
+    """These rules have all that they wish; a copy that shall leave its endpoint still shall."""
+    still = sa.and_(reasons.c.code == NOT_MOVED, reasons.c.files > 0)
+    s.execute(reasons.delete().where(reasons.c.rule_id.in_(rule_ids), sa.not_(still)))
+
+
+def decided(s: Session, rule_id: int, code: str) -> None:
+    """A person decided what this reason asked for."""
+    s.execute(reasons.delete().where(reasons.c.rule_id == rule_id, reasons.c.code == code))
 
 
 def _write(s: Session, found: Sequence[Found], *, added: bool) -> None:

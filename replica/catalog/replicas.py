@@ -10,6 +10,7 @@ Partner   replica.catalog.locks tells the rules; replica.catalog.transfers hands
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, assert_never
@@ -18,14 +19,27 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import accounts, bulk, cursors, dids, endpoints, locks, membership, provision, scopes
+from replica.catalog import (
+    accounts,
+    bulk,
+    cursors,
+    dids,
+    endpoints,
+    locks,
+    membership,
+    outbox,
+    provision,
+    revival,
+    scopes,
+    totals,
+)
 from replica.catalog.rule_states import settle
 from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import contents, files, instant, replicas, transfers
 from replica.storage.base import check_path
 from rules.checksums import DIGITS, Agreement, Checksums
-from rules.errors import AlreadyExists, Invalid, Refused, ReplicaError
+from rules.errors import AlreadyExists, Conflict, Invalid, Refused, ReplicaError
 from rules.names import Did, shown
 from rules.paths import is_injective, owners, path_for
 from rules.permissions import Actor
@@ -76,11 +90,42 @@ def register(s: Session, actor: Actor, registration: wire.Registration) -> wire.
     scope_ids = scopes.ids(s, names)
     account_id = accounts.account_id(s, actor.account)
 
+    def enter() -> wire.Registered:
+        hashed = registration.evidence == "hashed"
+        return _enter(s, endpoint, dataset, given, scope_ids, account_id, hashed)
+
+    if dataset is None or not s.postgresql:
+        return enter()
+    for _ in range(5):
+        with contextlib.suppress(_TooLate), s.savepoint():
+            return enter()
+    raise Conflict(f"others put the same files into datasets besides {dataset}", hint="repeat the request")
+
+
+class _TooLate(Exception):
+    """Another dataset has come to hold some of the files, and somebody else holds it: let go of ours, begin again."""
+
+
+def _enter(
+    s: Session,
+    endpoint: sa.Row[Any],
+    dataset: Did | None,
+    given: dict[Did, _Given],
+    scope_ids: dict[str, int],
+    account_id: int,
+    hashed: bool,
+) -> wire.Registered:
     # Everybody holds rows in this order: dataset, files, rules, endpoints, replicas (see replica.catalog.guards).
+    if dataset is not None:
+        totals.hold_datasets(s, dataset, given)
     dataset_id = None if dataset is None else _open_dataset(s, dataset, scope_ids, account_id)
     everything = sorted(given.values(), key=lambda file: (scope_ids[file.did.scope], file.did.name))
-    hashed = registration.evidence == "hashed"
     new = _files(s, everything, scope_ids, account_id, hashed)
+    if dataset is not None:
+        batch = bulk.ids_of(s, "registered", sorted(file.file_id for file in everything))
+        totals.hold_files(s, batch)
+        if not totals.hold_late(s, batch):
+            raise _TooLate
     locks.hold_for_registration(s, _pairs(s, "held", everything, endpoint.id), endpoint.id, dataset_id)
     _refuse_taken_paths(s, everything, endpoint)
 
@@ -94,6 +139,8 @@ def register(s: Session, actor: Actor, registration: wire.Registration) -> wire.
     attached = 0
     if dataset_id is not None:
         attached = dids.attach_ids(s, dataset_id, [file.file_id for file in everything])
+        if attached:
+            outbox.record(s, "did.attached", dataset_id, account_id, did=str(dataset), attached=attached)
     return wire.Registered(files=len(everything), new=new, attached=attached, to_verify=len(waiting))
 
 
@@ -114,7 +161,12 @@ def locate(s: Session, did: Did, cursor: str | None, limit: int) -> wire.Page[wi
         .select_from(some)
         .join(files, files.c.did_id == some.c.file_id)
         .join(tables.dids, tables.dids.c.id == some.c.file_id)
-        .join(replicas, replicas.c.file_id == some.c.file_id, isouter=True)
+        # What is deleted has, like what has no replica, a row that says nothing.
+        .join(
+            replicas,
+            sa.and_(replicas.c.file_id == some.c.file_id, tables.dids.c.deleted_at.is_(None)),
+            isouter=True,
+        )
         .where(sa.or_(some.c.file_id > file_id, replicas.c.endpoint_id > endpoint_id))
         .order_by(some.c.file_id, replicas.c.endpoint_id)
         .limit(limit + 1)
@@ -131,10 +183,13 @@ def stream(s: Session, did: Did) -> Iterator[wire.Replica]:
         _columns(replicas.c.file_id)
         .join_from(replicas, files, files.c.did_id == replicas.c.file_id)
         .join(tables.dids, tables.dids.c.id == replicas.c.file_id)
-        .where(replicas.c.file_id.in_(_files_of(s, did)))
+        .where(replicas.c.file_id.in_(_files_of(s, did)), tables.dids.c.deleted_at.is_(None))
         .order_by(replicas.c.file_id, replicas.c.endpoint_id)
     )
-    return map(_Printer(s), s.execute(query.execution_options(yield_per=_STREAM_ROWS)))
+    show = _Printer(s)
+    with membership.by_index(s):  # decided when the stream begins
+        rows = s.execute(query.execution_options(yield_per=_STREAM_ROWS))
+    return map(show, rows)
 
 
 # --- what the caller says -------------------------------------------------------------------------------------------
@@ -154,7 +209,7 @@ def _read(registration: wire.Registration, layout: str) -> dict[Did, _Given]:
             path = None if replica.path is None else check_path(replica.path)
         except Invalid as error:
             raise Invalid(f"{did}: {error.message}", hint=error.hint, field=error.field or "replicas") from None
-        if path == path_for(did, layout):
+        if path is not None and path == path_for(did, layout):
             path = None
         file = _Given(did, replica.size, checksums, path)
         if given.setdefault(did, file) != file:
@@ -181,8 +236,12 @@ def _open_dataset(s: Session, dataset: Did, scope_ids: dict[str, int], account_i
         account_id=account_id,
         created_at=s.now,
         metadata=sa.null(),
+        files_total=0,
+        bytes_total=0,
     )
-    s.execute(made.on_conflict_do_nothing())
+    new_id = s.execute(made.on_conflict_do_nothing().returning(tables.dids.c.id)).scalar_one_or_none()
+    if new_id is not None:
+        outbox.record(s, "did.created", new_id, account_id, did=str(dataset), kind=DidKind.DATASET.label)
     dataset_id, kind = dids.open_parent(s, dataset, [])
     if kind is not DidKind.DATASET:
         raise Invalid(f"{dataset} is a {kind.label} and does not hold files", hint="name a dataset", field="dataset")
@@ -230,14 +289,15 @@ def _known(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> di
     rows = [(i, scope_ids[file.did.scope], file.did.name) for i, file in enumerate(given)]
     names = bulk.rows_of(s, "names", columns, rows)
     query = (
-        sa.select(names.c.ord, tables.dids.c.id, tables.dids.c.kind, files)
+        sa.select(names.c.ord, tables.dids.c.id, tables.dids.c.kind, tables.dids.c.deleted_at, files)
         .select_from(names)
         .join(tables.dids, sa.and_(tables.dids.c.scope_id == names.c.scope_id, tables.dids.c.name == names.c.name))
         .join(files, files.c.did_id == tables.dids.c.id, isouter=True)
     )
-    return {
-        given[row.ord].did: _Known(int(row.id), row.kind, row.size_bytes, _checksums(row)) for row in s.execute(query)
-    }
+    met = s.execute(query).all()
+    if gone := [given[row.ord].did for row in met if row.deleted_at is not None]:
+        dids.refuse_deleted(s, gone, "replicas")
+    return {given[row.ord].did: _Known(int(row.id), row.kind, row.size_bytes, _checksums(row)) for row in met}
 
 
 def _make(s: Session, fresh: Sequence[_Given], scope_ids: dict[str, int], account_id: int) -> set[Did]:
@@ -262,9 +322,9 @@ def _make(s: Session, fresh: Sequence[_Given], scope_ids: dict[str, int], accoun
     )
     by_key = {(scope_ids[file.did.scope], file.did.name): file for file in fresh}
     mine = []
-    for row in s.execute(made):
-        file = by_key[row.scope_id, row.name]
-        file.file_id = row.id
+    for id_, scope_id, name in s.execute(made).all():
+        file = by_key[scope_id, name]
+        file.file_id = id_
         mine.append(file)
     if mine:
         batch = bulk.rows_of(
@@ -412,6 +472,7 @@ def _replicas(
         "evidence": if_proven(Evidence.HASHED, Evidence.DECLARED, replicas.c.evidence),
         "verified_at": if_proven(s.now, None, replicas.c.verified_at),
         "path": batch.c.path,
+        "generation": revival.next_generation(batch.c.file_id, sa.literal(endpoint_id, sa.BigInteger())),
     }
     made = (
         bulk.insert(s, replicas)

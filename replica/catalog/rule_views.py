@@ -18,8 +18,8 @@ from replica.catalog import reasons
 from replica.catalog.bulk import ids_of
 from replica.catalog.membership import closure, files_of, units
 from replica.db.engine import Session
-from replica.db.tables import accounts, dids, locks, rules, scopes
-from rules.states import Grouping
+from replica.db.tables import accounts, dids, locks, rules, scopes, versions
+from rules.states import Grouping, RuleState
 
 
 def select() -> sa.Select[Any]:
@@ -29,10 +29,12 @@ def select() -> sa.Select[Any]:
             dids.c.name.label("did_name"),
             scopes.c.name.label("did_scope"),
             accounts.c.name.label("account"),
+            sa.func.coalesce(versions.c.version, 0).label("version"),
         )
         .join_from(rules, dids, dids.c.id == rules.c.did_id)
         .join(scopes, scopes.c.id == dids.c.scope_id)
         .join(accounts, accounts.c.id == rules.c.account_id)
+        .outerjoin(versions, sa.and_(versions.c.entity == "rule", versions.c.entity_id == rules.c.id))
     )
 
 
@@ -43,7 +45,7 @@ def rules_of(s: Session, rows: Sequence[sa.Row[Any]]) -> list[wire.Rule]:
     progress = _progress(s, ids)
     why = reasons.of_rules(s, ids)
     # Units that could not be placed have no lock to count their files by.
-    unplaced = [row.id for row in rows if row.copies_missing or row.placed_to is not None]
+    unplaced = [row.id for row in rows if row.copies_missing or row.placed_to is not None or _waits(row)]
     whole = _files_of_dids(s, unplaced) if unplaced else {}
     made = []
     for row in rows:
@@ -73,10 +75,39 @@ def rules_of(s: Session, rows: Sequence[sa.Row[Any]]) -> list[wire.Rule]:
                 source_expression=row.source_expression,
                 expires_at=row.expires_at,
                 comment=row.comment,
-                reasons=why.get(row.id, []),
+                reasons=[*_begins_later(s, row, files), *why.get(row.id, [])],
+                not_before=row.not_before,
+                locked=row.locked,
+                purge=row.purge,
+                notify=row.notify,
+                metadata=row.metadata,
+                ended_at=row.ended_at,
+                # With what happened in this transaction, which is counted at its end.
+                version=row.version + sum(e.entity == "rule" and e.entity_id == row.id for e in s.events),
             )
         )
     return made
+
+
+def _waits(row: sa.Row[Any]) -> bool:
+    return row.state is RuleState.WAITING_APPROVAL
+
+
+def _begins_later(s: Session, row: sa.Row[Any], files: int) -> list[wire.Reason]:
+    if row.not_before is None or row.not_before <= s.now or row.state is RuleState.EXPIRED:
+        return []
+    return [
+        wire.Reason(
+            code="not_before",
+            endpoint=None,
+            message="it is to begin later, and protects nothing until then",
+            hint="",
+            files=files,
+            first_seen_at=row.created_at,
+            last_seen_at=s.now,
+            next_retry_at=row.not_before,
+        )
+    ]
 
 
 def _progress(s: Session, rule_ids: Sequence[int]) -> dict[int, sa.Row[Any]]:
@@ -91,7 +122,7 @@ def _progress(s: Session, rule_ids: Sequence[int]) -> dict[int, sa.Row[Any]]:
             sa.func.sum(locks.c.files_available).label("ok"),
             sa.func.sum(locks.c.files_stuck).label("stuck"),
         )
-        .where(locks.c.rule_id.in_(rule_ids))
+        .where(locks.c.rule_id.in_(rule_ids), locks.c.surplus.is_(False))
         .group_by(locks.c.rule_id, locks.c.unit_id)
         .subquery("unit")
     )

@@ -29,7 +29,7 @@ def add(s: Session, new: wire.NewSite) -> wire.Site:
     made = bulk.insert(s, sites).values(name=name, created_at=s.now).on_conflict_do_nothing()
     row = s.execute(made.returning(*sites.c)).one_or_none()
     if row is None:
-        raise AlreadyExists(f"there is a site {name} already", field="name")
+        raise AlreadyExists(f"there is a site {name} already", hint="choose another name", field="name")
     return _site(row)
 
 

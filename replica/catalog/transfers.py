@@ -21,9 +21,11 @@ from replica.catalog.orders import claim, heartbeat
 from replica.catalog.outcomes import expire_leases, report
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import settle
+from replica.catalog.rule_transfers import SUSPENDED
 from replica.db.engine import Session
 from replica.db.tables import contents, endpoints, locks, replicas, scopes, transfers
 from replica.db.tables import dids as dids_table
+from replica.db.tables import rules as rules_table
 from rules.errors import Invalid, NotFound, Refused
 from rules.names import Did, shown
 from rules.states import TRANSFER_TERMINAL, DidKind, Evidence, Grouping, ReplicaState, TransferState
@@ -58,6 +60,8 @@ def list_page(
             raise Invalid(f"{shown(state)} is not a state of a transfer", hint=f"use one of {states}", field="state")
         query = query.where(transfers.c.state == TransferState[state.upper()])
     if rule is not None:
+        if s.execute(sa.select(rules_table.c.id).where(rules_table.c.id == rule)).scalar() is None:
+            raise NotFound(f"there is no rule {rule}", hint="`replica rule list` shows them", field="rule")
         query = query.where(_is_locked_by(rule))
     if did is not None:
         did_id, kind = dids.row_id(s, did)
@@ -111,6 +115,11 @@ def retry(s: Session, transfer_id: int) -> wire.Transfer:
         return get(s, transfer_id)
     if row.state is TransferState.DONE:
         raise Refused(f"transfer {transfer_id} is done", hint="there is nothing to try again")
+    if row.state is TransferState.WAITING and row.reason_code == SUSPENDED:
+        raise Refused(
+            f"transfer {transfer_id} waits because its rule is suspended",
+            hint="let the rule go on: `replica rule resume`",
+        )
     if row.state not in TRANSFER_TERMINAL:
         raise Refused(f"transfer {transfer_id} is under way: it is {row.state.label}", hint="cancel it first")
     pair = rows_of(s, "retried", PAIR, [(row.file_id, row.target_id)])

@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +222,21 @@ class _Duration(ParamType):
             self.fail(str(error), param, ctx)
 
 
+class _Moment(ParamType):
+    """`2026-05-01`, `2026-05-01T12:00`, `2026-05-01T12:00+02:00`; without a zone it is UTC."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a moment; write it like 2026-05-01T12:00+02:00", param, ctx)
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
 class _Attribute(ParamType):
     """`tier=1`, `country=DE`, `fast=true`; a key alone is true, as in expressions."""
 
@@ -234,10 +250,10 @@ class _Attribute(ParamType):
         key, equals, text = value.partition("=")
         if not key:
             self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
-        return key, _attribute_value(text) if equals else True
+        return key, attribute_value(text) if equals else True
 
 
-def _attribute_value(text: str) -> str | int | float | bool:
+def attribute_value(text: str) -> str | int | float | bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -255,4 +271,5 @@ def _attribute_value(text: str) -> str | int | float | bool:
 FILE = click.Path(path_type=Path, readable=False)
 SIZE = _Size()
 DURATION = _Duration()
+MOMENT = _Moment()
 ATTRIBUTE = _Attribute()

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from replica.cli.common import ATTRIBUTE, SIZE, Group, connected, output, pointing
+from replica.cli.common import ATTRIBUTE, DURATION, SIZE, Group, connected, output, pointing
 from replica.cli.output import Column, human_size, say, size_column
 
 COLUMNS = (
@@ -25,6 +25,19 @@ COLUMNS = (
     Column("attributes", "attributes"),
     Column("url", "url"),
 )
+
+
+LINK_COLUMNS = tuple(Column(key, key) for key in ("source", "target", "distance", "allowed"))
+
+
+class _SizeOrNone(type(SIZE)):  # type: ignore[misc]
+    """A size, or `none`, which is -1."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return -1 if value == "none" else int(super().convert(value, param, ctx))
+
+
+SIZE_OR_NONE = _SizeOrNone()
 
 
 @click.group(cls=Group)
@@ -131,32 +144,129 @@ def show(name: str) -> None:
 @click.option("--writable/--not-writable", default=None, help="May Replica write to it?")
 @click.option("--deletable/--not-deletable", default=None, help="May Replica delete from it?")
 @click.option(
-    "--capacity", type=SIZE, help="What Replica may fill at most; `none`: as much as is free.", metavar="SIZE"
+    "--capacity",
+    "capacity_bytes",
+    type=SIZE_OR_NONE,
+    help="What Replica may fill at most; `none`: as much as is free.",
+    metavar="SIZE",
 )
-def set_(
-    name: str,
-    attributes: tuple[tuple[str, str | int | float | bool], ...],
-    readable: bool | None,
-    writable: bool | None,
-    deletable: bool | None,
-    capacity: int | None,
-) -> None:
+@click.option(
+    "--min-free",
+    "min_free_bytes",
+    type=SIZE_OR_NONE,
+    metavar="SIZE",
+    help="Copies that nobody protects go when less than this is free; `none`: when nothing is.",
+)
+@click.option(
+    "--delete-at-once/--delete-when-needed", default=None, help="Must copies that nobody protects go at once?"
+)
+@click.option("--grace", "grace_seconds", type=DURATION, metavar="TIME", help="So long a deletion can be undone.")
+@click.option("--budget-files", type=click.IntRange(min=-1), help="Files deleted in an hour at most; -1: no limit.")
+@click.option(
+    "--budget-bytes", type=SIZE_OR_NONE, metavar="SIZE", help="Bytes deleted in an hour at most; `none`: no limit."
+)
+def set_(name: str, attributes: tuple[tuple[str, str | int | float | bool], ...], **given: Any) -> None:
     """Change an endpoint; what is not named stays as it is."""
     from replica import wire
 
-    given: dict[str, Any] = {"readable": readable, "writable": writable, "deletable": deletable}
     change = {k: v for k, v in given.items() if v is not None}
+    for key in ("capacity_bytes", "min_free_bytes", "budget_files", "budget_bytes"):
+        if change.get(key, 0) < 0:
+            change[key] = None
+    if "grace_seconds" in change:
+        change["grace_seconds"] = round(change["grace_seconds"])
     if attributes:
         change["attributes"] = {k: None if v == "" else v for k, v in attributes}
-    if capacity is not None:
-        change["capacity_bytes"] = None if capacity < 0 else capacity
     if not change:
         raise click.UsageError("nothing to change; name at least one option")
     with connected() as client:
         _print(client.endpoints.change(name, wire.EndpointChange(**change)))
 
 
+@endpoint.command()
+@click.argument("name")
+@click.option("--reason", required=True, help="Why: everybody who waits for the endpoint reads it.")
+@click.option("--read", is_flag=True, help="Only reading is off.")
+@click.option("--write", is_flag=True, help="Only writing is off.")
+@click.option("--delete", is_flag=True, help="Only deleting is off.")
+def ban(name: str, reason: str, read: bool, write: bool, delete: bool) -> None:
+    """Switch reading, writing and deleting off.
+
+    The options name less than all three and may be combined. What is under way is not broken off. Copies that cannot
+    be written there go to other endpoints after an hour; those that are complete stay.
+    """
+    from replica import wire
+
+    with connected() as client:
+        _print(client.endpoints.ban(name, wire.Ban(reason=reason, read=read, write=write, delete=delete)))
+
+
+@endpoint.command()
+@click.argument("name")
+def unban(name: str) -> None:
+    """Switch reading, writing and deleting on again."""
+    with connected() as client:
+        _print(client.endpoints.unban(name))
+
+
+@endpoint.command()
+@click.argument("name")
+@click.option("--reason", default="", help="Why: it is shown with the endpoint.")
+@click.option("--undo", is_flag=True, help="Stop; what was brought elsewhere stays there.")
+def drain(name: str, reason: str, undo: bool) -> None:
+    """Bring elsewhere what rules protect at an endpoint.
+
+    Nothing new goes there. Each copy goes when its replacement was verified; what no other endpoint can take stays,
+    and its rule says why. `replica endpoint show` tells how much is still protected.
+    """
+    with connected() as client:
+        _print(client.endpoints.drain(name, reason, undo=undo))
+
+
+@endpoint.command()
+@click.argument("name")
+@click.option("--forget", is_flag=True, help="Forget the copies there that no rule protects; their bytes stay.")
+@click.option("--last-copies", is_flag=True, help="With --forget: also those of which no other copy is known.")
+@click.option("--undo", is_flag=True, help="Take it into service again; then `replica endpoint unban` it.")
+def decommission(name: str, forget: bool, last_copies: bool, undo: bool) -> None:
+    """Take an endpoint out of service for good.
+
+    Refused while rules protect anything there, while transfers or deletions are under way, and while there are copies
+    that are not to be forgotten. Drain it first.
+    """
+    from replica import wire
+
+    with connected() as client:
+        order = wire.Decommission(forget=forget, last_copies=last_copies, undo=undo)
+        _print(client.endpoints.decommission(name, order))
+
+
+@endpoint.command()
+@click.argument("source", required=False)
+@click.argument("target", required=False)
+@click.option("--distance", type=click.IntRange(min=0), help="The nearer of two sources is read; without a link: 1.")
+@click.option("--allow/--forbid", "allowed", default=None, help="May anything be read from SOURCE for TARGET?")
+def link(source: str | None, target: str | None, distance: int | None, allowed: bool | None) -> None:
+    """Set how far it is from SOURCE to TARGET; without an option: list what is set."""
+    from replica import wire
+
+    change: dict[str, Any] = {k: v for k, v in {"distance": distance, "allowed": allowed}.items() if v is not None}
+    if change and (source is None or target is None):
+        raise click.UsageError("name SOURCE and TARGET of the link that is to be set")
+    with connected() as client:
+        if source is not None and target is not None and change:
+            made = client.endpoints.set_link(wire.LinkChange(source=source, target=target, **change))
+            output().one(
+                made, [(column, getattr(made, column)) for column in ("source", "target", "distance", "allowed")]
+            )
+        else:
+            found = client.endpoints.links(source, target)
+            output().many(found, LINK_COLUMNS, nothing="no link is set: every way is allowed, at distance 1")
+
+
 def _print(found: Any) -> None:
+    protected = found.protected
+    held = "" if protected is None else _protected(protected)
     output().one(
         found,
         [
@@ -172,5 +282,29 @@ def _print(found: Any) -> None:
             ("used", human_size(found.used_bytes)),
             ("free", human_size(found.free_bytes)),
             ("capacity", human_size(found.capacity_bytes)),
+            ("protected", held),
+            ("draining", found.draining),
+            ("gone since", found.decommissioned_at),
+            ("reason", found.status_reason),
+            ("since", found.status_since),
+            ("min free", human_size(found.min_free_bytes)),
+            ("at once", found.delete_at_once),
+            ("grace", f"{found.grace_seconds} s"),
+            ("budget", _budget(found)),
         ],
     )
+
+
+def _budget(found: Any) -> str:
+    """What may be deleted in an hour."""
+    limits = [] if found.budget_files is None else [f"{found.budget_files} files"]
+    if found.budget_bytes is not None:
+        limits.append(human_size(found.budget_bytes))
+    return " and ".join([*limits[:-1], f"{limits[-1]} an hour"]) if limits else ""
+
+
+def _protected(held: Any) -> str:
+    if not held.rules:
+        return "nothing"
+    rules = "1 rule" if held.rules == 1 else f"{held.rules} rules"
+    return f"{held.files} files, {human_size(held.bytes)}, by {rules}"

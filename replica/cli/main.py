@@ -31,17 +31,26 @@ COMMANDS: Mapping[str, Lazy] = {
     "control": Lazy(SERVICE, "service:control", "Unattended work: evaluates rules, watches leases, expires."),
     "migrate": Lazy(SERVICE, "service:migrate", "Create the database schema or bring it up to date."),
     "doctor": Lazy(SERVICE, "service:doctor", "Say what is configured, from where, and what is wrong."),
+    "fsck": Lazy(SERVICE, "fsck:fsck", "Prove that the database agrees with itself; repair counters."),
     "whoami": Lazy(PLACES, "accounts:whoami", "Who the server takes you for."),
+    "account": Lazy(PLACES, "accounts:account", "Accounts: people and programs that may sign in."),
+    "quota": Lazy(PLACES, "quotas:quota", "Quotas: how much accounts may hold where."),
+    "usage": Lazy(PLACES, "quotas:usage", "What accounts hold where, now and over time."),
     "site": Lazy(PLACES, "sites:site", "Sites: places with storage and a worker."),
     "endpoint": Lazy(PLACES, "endpoints:endpoint", "Endpoints: the storage at a site."),
     "scope": Lazy(DATA, "scopes:scope", "Scopes: the first half of every DID."),
     "did": Lazy(DATA, "dids:did", "Files, datasets and containers."),
     "register": Lazy(DATA, "replicas:register", "Make files known that are at an endpoint already."),
+    "import": Lazy(DATA, "imports:import_", "Bring over what another system knows."),
     "upload": Lazy(DATA, "files:upload", "Copy files or directories to an endpoint and register them."),
     "download": Lazy(DATA, "files:download", "Fetch files or datasets, verified."),
     "locate": Lazy(DATA, "replicas:locate", "Where the replicas of a DID are."),
     "rule": Lazy(WISHES, "rules:rule", "Rules: how many good copies, and where."),
+    "subscription": Lazy(WISHES, "subscriptions:subscription", "Subscriptions: rules for all data of a kind."),
     "transfer": Lazy(WISHES, "transfers:transfer", "Transfers: what is being copied, and why not."),
+    "events": Lazy(WISHES, "events:events", "What happened, and with --follow what happens."),
+    "webhook": Lazy(WISHES, "webhooks:webhook", "Webhooks: servers elsewhere that are told what happens."),
+    "deletion": Lazy(WISHES, "deletions:deletion", "Deletions: which copies go, why, and how to keep them."),
 }
 
 EPILOG = (
@@ -87,6 +96,9 @@ class Root(Group):
         except click.Abort:
             say("replica: interrupted")
             return 130
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            return 2
         except click.UsageError as error:
             say(f"replica: {error.format_message()}")
             if error.ctx is not None:

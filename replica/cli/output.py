@@ -70,6 +70,14 @@ def attribute_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def payload_text(payload: Mapping[str, object]) -> str:
+    """What an event says besides what it is about; values as JSON would have them, texts without quotes."""
+    import json
+
+    said = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in payload.items()}
+    return ", ".join(f"{k}={said[k]}" for k, v in payload.items() if v is not None) or "–"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of a table: its title and what it shows of an item (a field's name, or a function)."""
@@ -103,6 +111,11 @@ class Output:
         width = max((_width(title) for title, _ in rows), default=0)
         for title, value in rows:
             _write(f"{title}{' ' * (width - _width(title))}  {printable(text_of(value))}".encode())
+
+    def one_line(self, item: object) -> None:
+        """One of an endless list, as JSON on a line of its own, at once."""
+        _write(_encode(item))
+        sys.stdout.flush()
 
     def many(self, items: Iterable[T], columns: Sequence[Column], *, nothing: str = "nothing found") -> int:
         """A list: an array, one object a line, or a table. Returns how many there were.

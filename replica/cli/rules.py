@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from replica.cli.common import DURATION, Command, Group, ParamType, connected, output, pointing
+from replica.cli import rule_acts
+from replica.cli.common import DURATION, MOMENT, Command, Group, ParamType, connected, output, pointing
 from replica.cli.output import Column, human_size, parse_duration, say, size_column
+from replica.cli.rule_output import print_plan, print_rule, reason_line, waiting_lines
 from rules.errors import Refused, Unavailable
 
 if TYPE_CHECKING:
@@ -110,6 +112,13 @@ class _Wait(ParamType):
 @click.option("--priority", type=click.IntRange(1, 5), default=3, show_default=True, help="5 is the most urgent.")
 @click.option("--activity", default="default", show_default=True)
 @click.option("--comment", default="")
+@click.option("--expires", "expires_at", type=MOMENT, metavar="TIME", help="When the wish ends, as a moment.")
+@click.option("--not-before", type=MOMENT, metavar="TIME", help="It protects and moves nothing until then.")
+@click.option("--locked", is_flag=True, help="It neither ends nor gives up a copy until it is unlocked.")
+@click.option("--purge", is_flag=True, help="At its end its copies go at once, not when space is needed.")
+@click.option("--ask-approval", is_flag=True, help="Wait until an administrator has said yes.")
+@click.option("--notify", metavar="WEBHOOK", help="Who is told what becomes of it.")
+@click.option("--metadata", callback=rule_acts.read_json, metavar="JSON")
 @click.option("--plan", is_flag=True, help="Only say what would be done; change nothing.")
 @click.option(
     "--wait", type=_Wait(), metavar="[SECONDS]", help="Wait until all copies are there; exit 5 if they are not in time."
@@ -125,11 +134,11 @@ def add(did: str, plan: bool, wait: float | None, lifetime: float | None, **wish
         pointing(expression=wish["expression"], source_expression=wish["source_expression"]),
     ):
         if plan:
-            _print_plan(client.rules.plan(wire.NewRule(did=did, **wish)))
+            print_plan(client.rules.plan(wire.NewRule(did=did, **wish)))
             return 0
         made = client.rules.add(wire.NewRule(did=did, **wish))
         if wait is None:
-            _print(made)
+            print_rule(made)
             return 0
         say(f"rule {made.id} was added; waiting for its copies")
         return _wait(client, made, wait)
@@ -149,7 +158,7 @@ def _wait(client: Client, found: wire.Rule, seconds: float) -> int:
         said = _say_progress(found, said)
         left = deadline - time.monotonic()
         if left <= 0:
-            _print(found)
+            print_rule(found)
             say(f"replica: rule {found.id} is not yet ok after {seconds:g} s; it goes on without us")
             say(f"hint: see `replica rule explain {found.id}`")
             return 5
@@ -162,7 +171,7 @@ def _wait(client: Client, found: wire.Rule, seconds: float) -> int:
             if time.monotonic() - reached_at > _PATIENCE_SECONDS:
                 raise
             said = _say_once(f"{error.message}; still waiting", said)
-    _print(found)
+    print_rule(found)
     return 0
 
 
@@ -171,7 +180,7 @@ def _say_progress(found: wire.Rule, said: object) -> object:
     if found.locks_stuck:
         line += f", {found.locks_stuck} stuck"
     for reason in found.reasons:
-        line += f"\n  {_reason(reason)}"
+        line += f"\n  {reason_line(reason)}"
     return _say_once(line, said)
 
 
@@ -180,13 +189,6 @@ def _say_once(line: str, said: object) -> object:
         for part in line.split("\n"):
             say(part)
     return line
-
-
-def _reason(reason: wire.Reason) -> str:
-    where = f"{reason.endpoint}: " if reason.endpoint else ""
-    files = f" ({reason.files} files)" if reason.files > 1 else ""
-    hint = f"; {reason.hint}" if reason.hint else ""
-    return f"{where}{reason.message}{files}{hint}"
 
 
 @rule.command("list")
@@ -204,7 +206,7 @@ def list_(did: str | None, account: str | None, state: str | None) -> None:
 def show(rule: int) -> None:
     """Show one rule."""
     with connected() as client:
-        _print(client.rules.show(rule))
+        print_rule(client.rules.show(rule))
 
 
 @rule.command()
@@ -214,57 +216,18 @@ def explain(rule: int) -> None:
     with connected() as client:
         explained = client.rules.explain(rule)
     lines = list(explained.sentences)
+    if explained.waiting:
+        lines += ["", "waiting:", *waiting_lines(explained.waiting)]
     if explained.locks:
         lines += ["", "copies:"]
         lines += [
             f"  {lock.unit} at {lock.endpoint}: {lock.files_available} of {lock.files_total} files"
             f"{f', {lock.files_stuck} stuck' if lock.files_stuck else ''}, {human_size(lock.bytes_total)}"
+            f"{', not wished any more: kept until the others are there' if lock.surplus else ''}"
             for lock in explained.locks
         ]
     output().lines(explained, lines)
 
 
-@rule.command()
-@click.argument("rules", type=int, nargs=-1, required=True, metavar="RULE…")
-def delete(rules: tuple[int, ...]) -> None:
-    """Delete rules. Replicas that no other rule protects may then be removed."""
-    with connected() as client:
-        for number in rules:
-            client.rules.delete(number)
-    output().lines({"deleted": list(rules)}, [f"rule {number} was deleted" for number in rules])
-
-
-def _print(found: wire.Rule) -> None:
-    rows: list[tuple[str, object]] = [
-        ("rule", found.id),
-        ("state", found.state),
-        ("did", found.did),
-        ("copies", found.copies),
-        ("to", found.expression),
-        ("from", found.source_expression),
-        ("grouping", found.grouping),
-        ("spread", found.spread),
-        ("files", f"{found.files_available} of {found.files_total} have all copies, {human_size(found.bytes_total)}"),
-        ("copies of files", f"{found.locks_ok} ok, {found.locks_replicating} moving, {found.locks_stuck} stuck"),
-        ("priority", found.priority),
-        ("activity", found.activity),
-        ("account", found.account),
-        ("created", found.created_at),
-        ("expires", found.expires_at),
-        ("comment", found.comment),
-    ]
-    rows += [("reason", _reason(reason)) for reason in found.reasons]
-    output().one(found, rows)
-
-
-def _print_plan(plan: wire.RulePlan) -> None:
-    lines = [f"candidates: {', '.join(plan.candidates) or 'none'}"]
-    lines += [f"{c.unit} → {c.endpoint}: {human_size(c.new_bytes)} to copy; {c.why}" for c in plan.copies]
-    for refusal in plan.refusals:
-        lines.append(f"{refusal.unit}: {refusal.missing_copies} copies have no place")
-        lines += [f"  {obstacle}" for obstacle in refusal.obstacles]
-    shown = len({c.unit for c in plan.copies} | {r.unit for r in plan.refusals})
-    if shown < plan.units:
-        lines.append(f"… and {plan.units - shown} more of {plan.units}")
-    lines.append(f"{human_size(plan.new_bytes)} would be copied; nothing was changed")
-    output().lines(plan, lines)
+for _command in rule_acts.COMMANDS:
+    rule.add_command(_command)

@@ -28,6 +28,14 @@ def add(name: str) -> None:
         output().one(client.scopes.add(name))
 
 
+@scope.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Show one scope."""
+    with connected() as client:
+        output().one(client.scopes.show(name))
+
+
 @scope.command("list")
 def list_() -> None:
     """List all scopes."""

@@ -16,16 +16,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from replica import wire
+from replica.client.accounts import Accounts
 from replica.client.calls import Call, at
+from replica.client.deletions import Deletions
 from replica.client.dids import Dids
 from replica.client.endpoints import Endpoints
+from replica.client.events import Events
 from replica.client.http import TIMEOUT_SECONDS, SyncHttp
 from replica.client.orders import Orders
+from replica.client.quotas import Quotas, Usage
 from replica.client.replicas import Replicas
 from replica.client.rules import Rules
 from replica.client.scopes import Scopes
 from replica.client.sites import Sites
+from replica.client.subscriptions import Subscriptions
 from replica.client.transfers import Transfers
+from replica.client.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from replica.client.aio import AsyncClient
@@ -40,6 +46,9 @@ class Client:
 
     def __init__(self, server: str, token: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self._http = SyncHttp(server, token, timeout_seconds=timeout_seconds)
+        self.accounts = Accounts(self._http)
+        self.quotas = Quotas(self._http)
+        self.usage = Usage(self._http)
         self.sites = Sites(self._http)
         self.endpoints = Endpoints(self._http)
         self.scopes = Scopes(self._http)
@@ -47,7 +56,11 @@ class Client:
         self.replicas = Replicas(self._http)
         self.rules = Rules(self._http)
         self.transfers = Transfers(self._http)
+        self.deletions = Deletions(self._http)
         self.orders = Orders(self._http)
+        self.events = Events(self._http)
+        self.subscriptions = Subscriptions(self._http)
+        self.webhooks = Webhooks(self._http)
 
     @property
     def server(self) -> str:

@@ -9,8 +9,9 @@ Partner   workers.mover uses it.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -19,8 +20,10 @@ import msgspec
 from yarl import URL
 
 from replica import wire
+from replica.client import deletions
 from replica.client.calls import Call
 from replica.client.endpoints import report_space
+from replica.client.events import NOW, StreamReader, page_call, stream_call
 from replica.client.http import (
     CONNECT_SECONDS,
     NDJSON,
@@ -88,6 +91,17 @@ class AsyncHttp:
         except (aiohttp.ClientError, OSError) as error:
             raise self._unreachable(error) from error
 
+    async def stream(self, call: Call[Any], headers: dict[str, str]) -> AsyncIterator[bytes]:
+        """The lines of an answer that comes bit by bit; Unavailable when it is cut off, nothing when it ends."""
+        try:
+            async with self._request(call, headers) as response:
+                if response.status != 200 or response.content_type != headers["Accept"]:
+                    raise error_from(response.status, response.content_type, await response.read(), self.server)
+                async for line in response.content:
+                    yield line
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._unreachable(error) from error
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
@@ -98,6 +112,7 @@ class AsyncHttp:
             if self._token is not None:
                 about["Authorization"] = f"Bearer {self._token}"
             self._session = aiohttp.ClientSession(headers=about, timeout=self._timeout, trust_env=False)
+        headers = headers | call.conditions()
         body = call.encoded()
         if body is not None:
             headers = headers | {"Content-Type": "application/json"}
@@ -124,6 +139,20 @@ class AsyncOrders:
         return await self._http.send(report_call(report))
 
 
+class AsyncDeletions:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def claim(self, claim: wire.DeletionClaim) -> wire.DeletionOrders:
+        return await self._http.send(deletions.claim_call(claim))
+
+    async def heartbeat(self, heartbeat: wire.DeletionHeartbeat) -> wire.HeartbeatAnswer:
+        return await self._http.send(deletions.heartbeat_call(heartbeat))
+
+    async def report(self, report: wire.DeletionReport) -> wire.ReportAnswer:
+        return await self._http.send(deletions.report_call(report))
+
+
 class AsyncEndpoints:
     def __init__(self, http: AsyncHttp) -> None:
         self._http = http
@@ -143,14 +172,54 @@ class AsyncReplicas:
         return self._http.lines(locate(did))
 
 
+class AsyncEvents:
+    """As replica.client.events.Events."""
+
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def page(
+        self, since: str | None = None, kinds: Sequence[str] = (), *, limit: int = 100, **filters: Any
+    ) -> wire.Events:
+        return await self._http.send(page_call(since, kinds, limit=limit, **filters))
+
+    async def list(
+        self, since: str | None = None, kinds: Sequence[str] = (), **filters: Any
+    ) -> AsyncIterator[wire.Event]:
+        more = True
+        while more:
+            page = await self.page(since, kinds, limit=1_000, **filters)
+            for event in page.items:
+                yield event
+            since, more = page.next, page.more
+
+    async def follow(
+        self, since: str | None = NOW, kinds: Sequence[str] = (), *, reconnect: bool = True, **filters: Any
+    ) -> AsyncIterator[wire.Event]:
+        reader = StreamReader(since)
+        while True:
+            try:
+                async for line in self._http.stream(stream_call(kinds, **filters), reader.headers()):
+                    if (event := reader.event(line)) is not None:
+                        yield event
+            except Unavailable:
+                if not reader.begun:
+                    raise
+            if not reconnect:
+                raise reader.ended()
+            await asyncio.sleep(reader.pause())
+
+
 class AsyncClient:
     """`async with AsyncClient(server, token) as client: …`"""
 
     def __init__(self, server: str, token: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self._http = AsyncHttp(server, token, timeout_seconds=timeout_seconds)
         self.orders = AsyncOrders(self._http)
+        self.deletions = AsyncDeletions(self._http)
         self.endpoints = AsyncEndpoints(self._http)
         self.replicas = AsyncReplicas(self._http)
+        self.events = AsyncEvents(self._http)
 
     async def send(self, call: Call[T]) -> T:
         return await self._http.send(call)

@@ -41,6 +41,8 @@ class Call(Generic[T]):
     creates: bool = False
     #: Doing it twice is the same as doing it once, though it is a POST.
     repeatable: bool = False
+    #: Only if what is changed still has this version.
+    version: int | None = None
 
     @property
     def safe_to_repeat(self) -> bool:
@@ -54,6 +56,10 @@ class Call(Generic[T]):
             if value is not None
         }
         return f"{self.path}?{urlencode(words, quote_via=quote)}" if words else self.path
+
+    def conditions(self) -> dict[str, str]:
+        """The headers that say under which condition it is to be done."""
+        return {} if self.version is None else {"If-Match": f'"{self.version}"'}
 
     def encoded(self) -> bytes | None:
         if self.body is None:

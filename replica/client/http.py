@@ -96,6 +96,20 @@ class SyncHttp:
         finally:
             stream.close()
 
+    def stream(self, call: Call[Any], headers: dict[str, str]) -> Iterator[bytes]:
+        """The lines of an answer that comes bit by bit; Unavailable when it is cut off, nothing when it ends."""
+        stream = SyncHttp(self.server, self._token, timeout_seconds=self._timeout)
+        try:
+            response = stream._begin(call, headers)
+            media_type = response.headers.get("Content-Type", "")
+            if response.status != 200 or not media_type.startswith(headers["Accept"]):
+                raise error_from(response.status, media_type, response.read(), self.server)
+            yield from response
+        except _LOST as error:
+            raise self._unreachable(error) from error
+        finally:
+            stream.close()
+
     def close(self) -> None:
         for connection in list(self._all):
             connection.close()
@@ -103,7 +117,7 @@ class SyncHttp:
 
     def _begin(self, call: Call[Any], headers: dict[str, str]) -> http.client.HTTPResponse:
         """Send, and wait for the head of the answer."""
-        headers = headers | {"User-Agent": "replica"}
+        headers = headers | {"User-Agent": "replica"} | call.conditions()
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         body = call.encoded()

@@ -16,5 +16,8 @@ class Scopes:
     def add(self, name: str) -> wire.Scope:
         return self._http.send(Call("POST", at("scopes"), wire.Scope, wire.NewScope(name=name), creates=True))
 
+    def show(self, name: str) -> wire.Scope:
+        return self._http.send(Call("GET", at("scopes", name), wire.Scope))
+
     def list(self) -> Iterator[wire.Scope]:
         return self._http.pages(Call("GET", at("scopes"), wire.Page[wire.Scope]))

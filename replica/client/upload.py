@@ -396,6 +396,15 @@ def require_dataset(client: Client, dataset: Did) -> None:
         raise Refused(f"the dataset {dataset} is closed", hint=f"open it with `replica did reopen '{dataset}'`")
 
 
+def _unfit(endpoint: wire.Endpoint) -> str:
+    """Why nothing is uploaded there unless a person says so."""
+    if not endpoint.writable:
+        return "it is not writable"
+    if endpoint.draining:
+        return "it is being drained"
+    return "" if endpoint.kind == "disk" else f"it is {endpoint.kind}"
+
+
 def _choose(client: Client, name: str | None, sources: Sequence[Source]) -> wire.Endpoint:
     """The endpoint named; else one of the disks that are here: where an earlier try was going, or with most space."""
     places = Places()
@@ -403,14 +412,15 @@ def _choose(client: Client, name: str | None, sources: Sequence[Source]) -> wire
         found = client.endpoints.show(name)
         if not found.writable:
             raise Refused(f"{name} is not writable", hint=f"`replica endpoint set {name} --writable` allows it")
+        if found.draining:
+            raise Refused(f"{name} is being drained: nothing new goes there", hint="name another endpoint")
         places.open(found)
         return found
     needed = sum(s.size_bytes for s in sources)
     obstacles: list[str] = []
     best: tuple[tuple[int, int], wire.Endpoint] | None = None
     for found in client.endpoints.list():
-        reason = "it is not writable" if not found.writable else f"it is {found.kind}" if found.kind != "disk" else ""
-        if reason := reason or places.reason(found):
+        if reason := _unfit(found) or places.reason(found):
             obstacles.append(f"{found.name}: {reason}")
             continue
         storage = places.open(found)

@@ -46,6 +46,10 @@ class Session:
         self.before_commit: dict[Callable[[Session], None], None] = {}
         #: What happened, to be told to whoever listens (see replica.catalog.outbox).
         self.events: list[Any] = []
+        #: (account, endpoint) → files and bytes by which its usage changes (see replica.catalog.usage).
+        self.charges: dict[tuple[int, int], tuple[int, int]] = {}
+        #: What writes them.
+        self.tell: Callable[[Session], None] | None = None
 
     @cached_property
     def now(self) -> datetime:
@@ -63,6 +67,27 @@ class Session:
     ) -> CursorResult[*tuple[Any, ...]]:
         return self.connection.execute(statement, parameters)
 
+    def finish(self) -> None:
+        """Write what was gathered; what happened comes last, so that nobody holds events while he waits for others."""
+        while self.before_commit:
+            acts, self.before_commit = self.before_commit, {}
+            for act in acts:
+                act(self)
+        if self.events and self.tell is not None:
+            self.tell(self)
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """What fails inside is undone and was never told; the transaction goes on. The exception comes out."""
+        told, charged = len(self.events), dict(self.charges)
+        try:
+            with self.connection.begin_nested():
+                yield
+        except BaseException:
+            del self.events[told:]
+            self.charges = charged
+            raise
+
     @property
     def postgresql(self) -> bool:
         return self.dialect == "postgresql"
@@ -78,6 +103,8 @@ class Database:
         self.pool_size = pool_size
         #: Told the queues to wake after a commit. Must not raise and must not block.
         self.on_commit: Wake = wake or (lambda queues: None)
+        #: Told the same, for whoever listens in this process. Under the same conditions.
+        self.listeners: list[Wake] = []
         self.engine = _engine(self.url, pool_size)
 
     @contextlib.contextmanager
@@ -100,11 +127,12 @@ class Database:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 session = Session(connection, self.clock)
                 yield session
-                for act in session.before_commit:
-                    act(session)
+                session.finish()
                 connection.commit()
             if session.wake:
                 self.on_commit(session.wake)
+                for listener in self.listeners:
+                    listener(session.wake)
 
     def close(self) -> None:
         self.engine.dispose()

@@ -189,6 +189,8 @@ endpoints = Table(
     Column("grace_seconds", Integer, nullable=False, server_default=text("0")),
     Column("budget_files", BigInteger),
     Column("budget_bytes", BigInteger),
+    # Out of service for good: no rule may use it. The row stays for what is told about the past.
+    Column("decommissioned_at", Instant),
 )
 
 endpoint_attributes = Table(
@@ -247,6 +249,7 @@ dids = Table(
     Column("monotonic", Boolean, nullable=False, server_default=text("false")),  # nothing is ever taken out of it
     Column("expires_at", Instant),
     Column("deleted_at", Instant),  # its name stays taken for ever, and for some time it can be had back
+    Column("final_at", Instant),  # of what is deleted: until then; NULL: it is gone for good
     # Of a dataset: its files, kept by delta. NULL for files and containers.
     Column("files_total", Integer),
     Column("bytes_total", BigInteger),
@@ -259,6 +262,12 @@ dids = Table(
         "expires_at",
         postgresql_where=text("expires_at IS NOT NULL"),
         sqlite_where=text("expires_at IS NOT NULL"),
+    ),
+    Index(
+        "ix_dids_final_at",
+        "final_at",
+        postgresql_where=text("final_at IS NOT NULL"),
+        sqlite_where=text("final_at IS NOT NULL"),
     ),
     Index(
         "ix_dids_metadata",
@@ -292,6 +301,7 @@ contents = Table(
 
 OWN_PATH = text("path IS NOT NULL")
 TOMBSTONE = text("tombstone_at IS NOT NULL")
+LEFTOVER = text(f"state = {states.ReplicaState.COPYING.value} AND tombstone_at IS NOT NULL")
 
 replicas = Table(
     "replicas",
@@ -310,7 +320,17 @@ replicas = Table(
     # Two files never share bytes at an endpoint; few rows have a path, so this costs the others nothing.
     Index("uq_replicas_path", "endpoint_id", "path", unique=True, postgresql_where=OWN_PATH, sqlite_where=OWN_PATH),
     # What may be deleted, the longest unprotected first.
-    Index("ix_replicas_tombstone", "endpoint_id", "tombstone_at", postgresql_where=TOMBSTONE, sqlite_where=TOMBSTONE),
+    Index(
+        "ix_replicas_tombstone",
+        "endpoint_id",
+        "tombstone_at",
+        text("coalesce(accessed_at, 0)"),
+        "file_id",
+        postgresql_where=TOMBSTONE,
+        sqlite_where=TOMBSTONE,
+    ),
+    # What a transfer that was stopped may have left behind: few.
+    Index("ix_replicas_leftover", "endpoint_id", postgresql_where=LEFTOVER, sqlite_where=LEFTOVER),
 )
 
 # --- wishes ---------------------------------------------------------------------------------------------------------
@@ -357,6 +377,12 @@ rules = Table(
     Column("copies_missing", Integer, nullable=False, server_default=text("0")),
     # Units up to this id were looked at in the present round of placement; NULL: no round is under way.
     Column("placed_to", BigInteger),
+    # The wish was changed, and units up to this id were compared with it; NULL: all of them.
+    Column("revised_to", BigInteger),
+    # The rule was suspended, resumed or hurried: what is queued for units below this id, and of this unit for files up
+    # to `followed_file`, goes by it already; NULL: all of it.
+    Column("followed_to", BigInteger),
+    Column("followed_file", BigInteger, nullable=False, server_default=text("0")),
     Column("created_at", Instant, nullable=False),
     Column("updated_at", Instant, nullable=False),
     Column("expires_at", Instant, index=True),
@@ -505,19 +531,22 @@ attempts = Table(
 LIVE_DELETION = text(
     "state IN ({})".format(", ".join(str(s.value) for s in DeletionState if s not in states.DELETION_TERMINAL))
 )
+QUEUED_DELETION = text(f"state = {DeletionState.QUEUED.value}")
+LEASED_DELETION = text(f"state = {DeletionState.CLAIMED.value}")
 
 deletions = Table(
     "deletions",
     metadata,
     # The intent to remove the bytes of a replica: written in the transaction that proved that nobody needs them.
     Column("id", Id, primary_key=True),
-    Column("file_id", Id, ForeignKey("files.did_id"), nullable=False),
+    Column("file_id", Id, nullable=False),  # made from a replica, which refers to the file: not checked once more
     Column("endpoint_id", Id, ForeignKey("endpoints.id"), nullable=False),
     Column("site_id", Id, ForeignKey("sites.id"), nullable=False),  # whose workers carry it out
     Column("generation", Integer, nullable=False),  # of the replica that is meant: no later one is ever removed
     Column("size_bytes", BigInteger, nullable=False),
     Column("state", State(states.DeletionState), nullable=False),
-    Column("why", String(16), nullable=False),  # space | purge | drained | asked
+    Column("was", State(states.ReplicaState), nullable=False),  # the replica's state: what an undo gives back
+    Column("why", String(16), nullable=False),  # see rules.deletion.Why
     Column("account_id", Id, ForeignKey("accounts.id")),  # who asked; NULL: the deletion pass
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("epoch", Integer, nullable=False, server_default=text("0")),
@@ -535,7 +564,17 @@ deletions = Table(
         postgresql_where=LIVE_DELETION,
         sqlite_where=LIVE_DELETION,
     ),
-    Index("ix_deletions_queue", "site_id", "id", postgresql_where=LIVE_DELETION, sqlite_where=LIVE_DELETION),
+    # The claim reads this in order: what waits out its grace stands behind what is due.
+    Index(
+        "ix_deletions_queue",
+        "site_id",
+        "not_before",
+        "id",
+        postgresql_where=QUEUED_DELETION,
+        sqlite_where=QUEUED_DELETION,
+    ),
+    Index("ix_deletions_lease_until", "lease_until", postgresql_where=LEASED_DELETION, sqlite_where=LEASED_DELETION),
+    Index("ix_deletions_file_id", "file_id", "endpoint_id"),
     Index("ix_deletions_endpoint_id", "endpoint_id", "created_at"),
 )
 
@@ -588,7 +627,9 @@ webhooks = Table(
     Column("created_at", Instant, nullable=False),
     Column("seen_tx", BigInteger, nullable=False, server_default=text("0")),
     Column("seen_id", BigInteger, nullable=False, server_default=text("0")),
-    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("failures", Integer, nullable=False, server_default=text("0")),  # in a row
+    Column("failing_since", Instant),
+    # Not before this moment; while something is being delivered, until when nobody else is to try.
     Column("next_try_at", Instant),
     Column("last_error", String(2_000), nullable=False, server_default=""),
     Column("delivered_at", Instant),
@@ -605,3 +646,16 @@ idempotency_keys = Table(
     Column("body", LargeBinary, nullable=False),
     Column("created_at", Instant, nullable=False, index=True),
 )
+
+#: What millions of rows refer to and nobody ever removes: the few rows of the smallest tables, and a dataset, which
+#: whoever puts files into it holds. PostgreSQL would look each of them up again with every row, for a third of the
+#: time of an insert; `replica fsck` looks instead.
+UNCHECKED = (
+    *(dids.c.scope_id, dids.c.account_id, contents.c.parent_id, replicas.c.endpoint_id),
+    *(transfers.c.target_id, transfers.c.site_id, transfers.c.source_id),
+    *(deletions.c.endpoint_id, deletions.c.site_id, deletions.c.account_id),
+)
+for _column in UNCHECKED:
+    for _reference in _column.foreign_keys:
+        assert _reference.constraint is not None
+        _reference.constraint.ddl_if(dialect="sqlite")

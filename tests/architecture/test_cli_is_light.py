@@ -45,7 +45,7 @@ def of(packages: tuple[str, ...], modules: set[str]) -> set[str]:
     return {m for m in modules for p in packages if m == p or m.startswith(p + ".")}
 
 
-GROUPS = ("site", "endpoint", "scope", "did", "rule", "transfer")
+GROUPS = ("site", "endpoint", "scope", "did", "rule", "transfer", "subscription", "webhook", "events")
 
 
 @pytest.mark.parametrize("words", [("--help",), *((group, "--help") for group in GROUPS), ("rule", "add", "--help")])

@@ -113,6 +113,9 @@ def test_the_table_keeps_workers_away_from_everything_but_their_orders(service: 
         "POST /api/v1/orders/claim",
         "POST /api/v1/orders/heartbeat",
         "POST /api/v1/orders/report",
+        "POST /api/v1/orders/deletions/claim",
+        "POST /api/v1/orders/deletions/heartbeat",
+        "POST /api/v1/orders/deletions/report",
         "POST /api/v1/endpoints/{endpoint}/space",
     }
 

@@ -72,6 +72,9 @@ def test_the_migrations_make_the_tables_of_the_code(db: Database) -> None:
         if not s.postgresql:
             options["include_name"] = lambda name, kind, parents: name != "ix_transfers_queue"
             options["include_object"] = lambda thing, name, kind, reflected, other: name != "ix_transfers_queue"
+        else:  # alembic does not know that these are for SQLite only; the next test does
+            unchecked = {f"fk_{column.table.name}_{column.name}" for column in tables.UNCHECKED}
+            options["include_object"] = lambda thing, name, kind, reflected, other: name not in unchecked
         context = MigrationContext.configure(s.connection, opts=options)
         assert compare_metadata(context, tables.metadata) == []
 

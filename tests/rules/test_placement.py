@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rules.endpoints import Endpoint
-from rules.placement import Choice, Plan, Refusal, Unit, Wish, place
+from rules.placement import Choice, Plan, Quota, Refusal, Unit, Wish, place
 from rules.quantities import human_bytes
 from tests.rules.factories import TB, endpoint
 
@@ -55,6 +57,11 @@ wishes = st.builds(
 quotas = st.none() | st.dictionaries(st.sampled_from(IDS), st.integers(-2, 25))
 
 
+def each(quota: Mapping[int, int] | None) -> list[Quota]:
+    """Quotas of single endpoints."""
+    return [Quota(frozenset({e}), left) for e, left in (quota or {}).items()]
+
+
 def domain(e: Endpoint, wish: Wish) -> object:
     return e.id if wish.spread == "endpoint" else e.value(wish.spread)
 
@@ -71,17 +78,17 @@ def refusal_of(plan: Plan, unit: Unit) -> Refusal | None:
 def test_the_same_facts_give_the_same_plan_in_whatever_order(
     wish: Wish, units: list[Unit], candidates: list[Endpoint], quota: dict[int, int] | None, dice: random.Random
 ) -> None:
-    plan = place(wish, units, candidates, quota)
+    plan = place(wish, units, candidates, each(quota))
     dice.shuffle(units)
     dice.shuffle(candidates)
-    assert place(wish, units, candidates, dict(reversed(quota.items())) if quota else quota) == plan
+    assert place(wish, units, candidates, each(quota)[::-1]) == plan
 
 
 @given(wishes, small_units, small_endpoints, quotas)
 def test_a_plan_never_places_too_many_copies_nor_two_in_one_domain(
     wish: Wish, units: list[Unit], candidates: list[Endpoint], quota: dict[int, int] | None
 ) -> None:
-    plan = place(wish, units, candidates, quota)
+    plan = place(wish, units, candidates, each(quota))
     by_id = {e.id: e for e in candidates}
     for unit in units:
         chosen = [by_id[c.endpoint_id] for c in of_unit(plan, unit)]
@@ -99,7 +106,7 @@ def test_a_plan_never_places_too_many_copies_nor_two_in_one_domain(
 def test_a_plan_never_commits_more_than_there_is(
     wish: Wish, units: list[Unit], candidates: list[Endpoint], quota: dict[int, int] | None
 ) -> None:
-    plan = place(wish, units, candidates, quota)
+    plan = place(wish, units, candidates, each(quota))
     by_unit = {u.id: u for u in units}
     new: Counter[int] = Counter()
     for choice in plan.choices:
@@ -118,7 +125,7 @@ def test_a_plan_never_commits_more_than_there_is(
 def test_a_unit_has_all_its_copies_or_a_refusal_that_names_every_candidate_not_chosen(
     wish: Wish, units: list[Unit], candidates: list[Endpoint], quota: dict[int, int] | None
 ) -> None:
-    plan = place(wish, units, candidates, quota)
+    plan = place(wish, units, candidates, each(quota))
     for unit in units:
         chosen = of_unit(plan, unit)
         refusal = refusal_of(plan, unit)
@@ -145,7 +152,7 @@ def can_take(e: Endpoint, unit: Unit, wish: Wish, quota: dict[int, int]) -> bool
         and (wish.weight is None or e.attributes.get(wish.weight) in (1, "5"))
         and (e.writable or whole)
         and (new == 0 or e.free_bytes is None or new <= e.free_bytes)
-        and (new == 0 or e.id not in quota or new <= quota[e.id])
+        and (unit.bytes == 0 or e.id not in quota or unit.bytes <= quota[e.id])
     )
 
 
@@ -160,16 +167,46 @@ def test_as_many_copies_are_found_as_there_are_for_any_choice_of_endpoints(
     best = max(
         n for n in range(wanted + 1) if any(len({domain(e, wish) for e in some}) == n for some in combinations(able, n))
     )
-    assert len(place(wish, [unit], candidates, quota).choices) == best
+    assert len(place(wish, [unit], candidates, each(quota)).choices) == best
 
 
 @given(wishes, small_units, small_endpoints, quotas)
 def test_a_unit_that_gets_nothing_changes_nothing_for_the_others(
     wish: Wish, units: list[Unit], candidates: list[Endpoint], quota: dict[int, int] | None
 ) -> None:
-    plan = place(wish, units, candidates, quota)
+    plan = place(wish, units, candidates, each(quota))
     hopeless = {r.unit_id for r in plan.refusals if not any(c.unit_id == r.unit_id for c in plan.choices)}
-    assert place(wish, [u for u in units if u.id not in hopeless], candidates, quota).choices == plan.choices
+    assert place(wish, [u for u in units if u.id not in hopeless], candidates, each(quota)).choices == plan.choices
+
+
+shared_quotas = st.lists(st.builds(Quota, st.frozensets(st.sampled_from(IDS)), st.integers(-2, 40)), max_size=3)
+charged_units = st.lists(
+    st.builds(
+        Unit,
+        st.integers(1, 9),
+        st.integers(0, 10),
+        st.dictionaries(st.sampled_from(IDS), st.integers(0, 10), max_size=3),
+        st.frozensets(st.sampled_from(IDS), max_size=1),
+        st.dictionaries(st.sampled_from(IDS), st.integers(0, 10), max_size=3),
+    ),
+    max_size=6,
+    unique_by=lambda u: u.id,
+)
+
+
+@given(wishes, charged_units, small_endpoints, shared_quotas)
+def test_a_quota_that_endpoints_share_is_never_over_committed(
+    wish: Wish, units: list[Unit], candidates: list[Endpoint], quotas: list[Quota]
+) -> None:
+    plan = place(wish, units, candidates, quotas)
+    by_unit = {u.id: u for u in units}
+    for quota in quotas:
+        charges = [
+            max(0, by_unit[c.unit_id].bytes - by_unit[c.unit_id].charged.get(c.endpoint_id, 0))
+            for c in plan.choices
+            if c.endpoint_id in quota.endpoint_ids
+        ]
+        assert sum(charges) <= max(0, quota.bytes_left)
 
 
 # ---- Preference
@@ -191,7 +228,8 @@ def test_what_is_already_there_comes_first_and_the_most_of_it() -> None:
 
 def test_a_unit_that_is_whole_somewhere_needs_neither_space_nor_writing() -> None:
     full = endpoint("FULL", 9, free_bytes=-5, writable=False)
-    plan = place(Wish(1, 1), [Unit(7, TB, present={9: TB})], [full, DISK], quota_left={9: -1})
+    unit = Unit(7, TB, present={9: TB}, charged={9: TB})
+    plan = place(Wish(1, 1), [unit], [full, DISK], quotas=each({9: -1}))
     assert [(c.endpoint_id, c.new_bytes) for c in plan.choices] == [(9, 0)]
     assert plan.choices[0].why == "all of it is there already"
 
@@ -268,7 +306,7 @@ def test_space_is_used_up_while_placing() -> None:
 
 
 def said(wish: Wish, unit: Unit, *candidates: Endpoint, quota: dict[int, int] | None = None) -> list[tuple[str, str]]:
-    (refusal,) = place(wish, [unit], candidates, quota).refusals
+    (refusal,) = place(wish, [unit], candidates, each(quota)).refusals
     return [(o.code, o.message) for o in refusal.obstacles]
 
 
@@ -280,8 +318,29 @@ def test_a_refusal_says_how_much_is_short() -> None:
     assert said(Wish(1, 1), BIG, TAPE, quota={TAPE.id: 13 * TB}) == [("over_quota", "HZDR-TAPE: quota 100.0 GB short")]
 
 
-def test_a_refusal_says_that_writing_is_off() -> None:
+def test_a_refusal_says_that_writing_is_off_and_why() -> None:
     assert said(Wish(1, 1), BIG, endpoint("GSI-TAPE", writable=False)) == [("writing_off", "GSI-TAPE: writing is off")]
+    broken = replace(endpoint("GSI-TAPE", writable=False), status="the robot is stuck")
+    assert said(Wish(1, 1), BIG, broken) == [("writing_off", "GSI-TAPE: writing is off: the robot is stuck")]
+
+
+def test_nothing_new_goes_to_an_endpoint_that_is_drained_even_where_it_is_already() -> None:
+    drained = replace(DISK, draining=True, status="out of warranty")
+    unit = Unit(7, TB, present={DISK.id: TB})
+    assert said(Wish(1, 1), unit, drained) == [("draining", "HZDR-DISK: is being drained: out of warranty")]
+    assert [c.endpoint_id for c in place(Wish(1, 1), [unit], [drained, GSI]).choices] == [GSI.id]
+
+
+def test_a_unit_does_not_go_back_to_where_it_was_brought_away_from() -> None:
+    unit = Unit(7, TB, present={DISK.id: TB}, left=frozenset({DISK.id}))
+    assert [code for code, _ in said(Wish(1, 1), unit, DISK)] == ["left"]
+    assert [c.endpoint_id for c in place(Wish(1, 1), [unit], [DISK, GSI]).choices] == [GSI.id]
+
+
+def test_what_its_account_keeps_there_already_is_not_charged_again() -> None:
+    quota = [Quota(frozenset({DISK.id, GSI.id}), TB)]
+    unit = Unit(7, 3 * TB, present={}, charged={GSI.id: 2 * TB})
+    assert [c.endpoint_id for c in place(Wish(1, 2), [unit], [DISK, GSI], quota).choices] == [GSI.id]
 
 
 def test_a_refusal_says_which_copy_uses_the_domain() -> None:

@@ -12,7 +12,7 @@ import rules
 MODULES = sorted(Path(rules.__file__).parent.glob("*.py"))
 ALLOWED = {
     *["__future__", "collections", "dataclasses", "difflib", "enum", "functools", "hashlib", "itertools", "math"],
-    *["operator", "re", "types", "typing", "unicodedata", "rules"],
+    *["datetime", "operator", "re", "types", "typing", "unicodedata", "rules"],
 }
 
 
@@ -22,6 +22,13 @@ def test_a_module_imports_nothing_that_reads_the_world(module: Path) -> None:
     imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} <= ALLOWED
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.stem)
+def test_a_module_asks_no_clock(module: Path) -> None:
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    asked = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not asked & {"now", "utcnow", "today"}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.stem)

@@ -34,6 +34,10 @@ class Centre:
         self.beats: list[wire.Beat] = []
         self.claims: list[tuple[float, int]] = []
         self.space: dict[str, int] = {}
+        #: Replicas to remove: waiting, in somebody's hands, and what became of them.
+        self.deletions: list[wire.DeletionOrder] = []
+        self.deleting: dict[tuple[int, int], wire.DeletionOrder] = {}
+        self.deletion_outcomes: list[wire.DeletionOutcome] = []
         self.calls: Counter[str] = Counter()
         self.stop: set[int] = set()
         #: What to do instead of answering, by the last word of the path: a status, or "hang", or "reset".
@@ -67,6 +71,7 @@ class Centre:
     async def __aenter__(self) -> Centre:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/api/v1/orders/{what}", self._orders)
+        app.router.add_post("/api/v1/orders/deletions/{what}", self._deletions)
         app.router.add_post("/api/v1/endpoints/{name}/{what}", self._space)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -104,6 +109,33 @@ class Centre:
             request.transport.abort()
         if isinstance(answer, web.Response):
             return answer
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+    async def _deletions(self, request: web.Request) -> web.Response:
+        what = request.match_info["what"]
+        if (refused := await self._hurdles(request, f"deletions.{what}")) is not None:
+            return refused
+        body = await request.read()
+        answer: Any
+        match what:
+            case "claim":
+                limit = msgspec.json.decode(body, type=wire.DeletionClaim).limit
+                taken, self.deletions = self.deletions[:limit], self.deletions[limit:]
+                orders = [msgspec.structs.replace(order, epoch=order.epoch + 1) for order in taken]
+                self.deleting.update({(o.deletion, o.epoch): o for o in orders})
+                answer = wire.DeletionOrders(orders=orders, lease_seconds=self.lease_seconds, more=bool(self.deletions))
+            case "heartbeat":
+                beats = msgspec.json.decode(body, type=wire.DeletionHeartbeat).beats
+                gone = [
+                    b.deletion for b in beats if (b.deletion, b.epoch) not in self.deleting or b.deletion in self.stop
+                ]
+                answer = wire.HeartbeatAnswer(lease_seconds=self.lease_seconds, stop=gone)
+            case _:
+                outcomes = msgspec.json.decode(body, type=wire.DeletionReport).outcomes
+                known = [o for o in outcomes if self.deleting.pop((o.deletion, o.epoch), None) is not None]
+                self.deletion_outcomes += known
+                stale = [o.deletion for o in outcomes if o not in known]
+                answer = wire.ReportAnswer(accepted=len(known), stale=stale)
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     async def _space(self, request: web.Request) -> web.Response:
@@ -202,6 +234,26 @@ class World:
             target_path=path,
             sources=[wire.OrderSource(endpoint=name, url=self.url(name), path=path) for name in sources],
             attempt=1,
+        )
+
+    def deletion(
+        self, path: str, content: bytes | None, *, size: int | None = -1, at: str = "TARGET"
+    ) -> wire.DeletionOrder:
+        """An order to remove `content`, which is written there. None: write nothing."""
+        self._next += 1
+        if content is not None:
+            file = self.directory / at / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        return wire.DeletionOrder(
+            deletion=self._next,
+            epoch=0,
+            did=f"test:{path}",
+            generation=1,
+            endpoint=at,
+            url=self.url(at),
+            path=path,
+            size=len(content or b"") if size == -1 else size,
         )
 
     def url(self, name: str) -> str:

@@ -83,7 +83,8 @@ def test_the_commands_of_the_readme(shell: Shell, tmp_path: Path):
         path.write_bytes(data)
     for site in ("DESY", "HZDR"):
         shell("site", "add", site)
-        shell("endpoint", "add", f"{site}-DISK", "--site", site, "--url", (tmp_path / site).as_uri())
+        url = (tmp_path / site).as_uri()
+        shell("endpoint", "add", f"{site}-DISK", "--site", site, "--url", url, "--attribute", "country=de")
     shell("scope", "add", "p1234")
     shell("upload", "./run-17", "--scope", "p1234", "--dataset", "run-17", "--endpoint", "DESY-DISK")
     shell("rule", "add", "p1234:run-17", "--copies", "2", "--to", "kind=disk", "--spread", "site", "--wait", "60")
@@ -95,6 +96,22 @@ def test_the_commands_of_the_readme(shell: Shell, tmp_path: Path):
     assert "the rule is satisfied" in shell("rule", "explain", "1")
     shell("download", "p1234:run-17", "--dir", "./again")
     assert files_in(tmp_path / "again") == CONTENT
+
+    before = shell.json("rule", "show", "1")
+    shell("rule", "update", "1", "--to", "country=de", "--copies", "2", "--plan")
+    assert shell.json("rule", "show", "1") == before
+    shell("rule", "suspend", "1")
+    shell("rule", "resume", "1")
+    shell("did", "meta", "p1234:run-17", "set", "datatype=raw", "run=17")
+    assert "p1234:run-17" in shell("did", "find", "datatype = raw and run in 10..20")
+    shell("subscription", "add", "raw", "--where", "datatype = raw", "--to", "kind=disk", "--copies", "2", "--backfill")
+    shell("quota", "set", "root", "country=de", "10TB")
+    assert "HZDR-DISK" in shell("usage")
+    shell("endpoint", "drain", "HZDR-DISK", "--reason", "end of warranty")
+    assert shell.json("endpoint", "show", "HZDR-DISK")["draining"]
+    shell("deletion", "list")
+    assert "rule.added" in shell("events", "--kinds", "rule.*")
+    assert shell.json("rule", "show", "1")["state"] == "ok"
 
     shell.process.send_signal(signal.SIGTERM)
     assert shell.process.wait(20) == 0

@@ -32,6 +32,12 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[s
 ALL = commands(root)
 
 
+def test_no_command_at_all_shows_what_there_is(alone: Typed):
+    for words in ([], ["did"]):
+        said = alone(*words, code=2)
+        assert said.stdout == "" and said.stderr.startswith("Usage: ") and "\n\nOptions:\n" in said.stderr
+
+
 def test_the_command_line_is_the_contract():
     assert {" ".join(path) for path in ALL} >= {
         *[
@@ -49,10 +55,17 @@ def test_the_command_line_is_the_contract():
             "locate",
         ],
         *(f"site {c}" for c in ["add", "list", "show", "key"]),
-        *(f"endpoint {c}" for c in ["add", "list", "show", "set"]),
+        *(f"endpoint {c}" for c in ["add", "list", "show", "set", "ban", "unban", "drain", "link", "decommission"]),
+        *(f"account {c}" for c in ["add", "list", "show", "key"]),
+        *(f"quota {c}" for c in ["set", "list", "show"]),
+        *["usage", "events", "fsck", "import rucio"],
         *(f"scope {c}" for c in ["add", "list"]),
         *(f"did {c}" for c in ["add", "list", "show", "attach", "detach", "close", "reopen"]),
-        *(f"rule {c}" for c in ["add", "list", "show", "explain", "delete"]),
+        *(f"did {c}" for c in ["meta", "find", "delete", "undelete", "history"]),
+        *(f"subscription {c}" for c in ["add", "list", "show", "preview", "backfill", "delete"]),
+        *(f"deletion {c}" for c in ["ask", "list", "show", "undo"]),
+        *(f"rule {c}" for c in ["add", "list", "show", "explain", "history", "update", "delete", "move"]),
+        *(f"rule {c}" for c in ["approve", "deny", "suspend", "resume"]),
         *(f"transfer {c}" for c in ["list", "show", "cancel", "retry", "watch"]),
     }
 

@@ -36,6 +36,14 @@ def test_a_folder_is_uploaded_under_its_relative_names(w: World):
     assert w.litter("DESY-DISK") == []
 
 
+def test_nothing_is_uploaded_to_a_drained_endpoint(w: World):
+    w.client.endpoints.drain("DESY-DISK", "old")
+    source = w.write()
+    assert upload(w.client, [source], scope="p1").endpoint == "HZDR-DISK"
+    with pytest.raises(Refused, match="DESY-DISK is being drained"):
+        upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+
+
 def test_a_file_is_uploaded_under_its_base_name(w: World):
     source = w.write()
     upload(w.client, [source / "run 1/b.h5"], scope="p1", endpoint="DESY-DISK")

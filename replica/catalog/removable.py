@@ -1,0 +1,167 @@
+"""Which replicas may be removed now: rules.deletion.decide, said in SQL, over a batch.
+
+Given     replicas of one endpoint, or of several, and what they shall go for.
+Returns   `(… , verdict)`: the value of a `Why` for those that go, else the reason for which one is kept.
+Promises  the same answer as `decide` for the same facts. The caller holds the endpoints and the files, and that nothing
+          is missed by it is argued here.
+Partner   replica.catalog.deletions decides with it, replica.catalog.removals asks once more before a worker begins.
+
+Why no deletion overlooks a lock. A lock is inserted, and a file comes into a locked dataset, only by who holds the row
+of the lock's endpoint, at least shared, from before it looks at replicas until it commits: replica.catalog.placing
+(`place`), .locks (`_files_joined`, `_hold_every_endpoint`) and .replicas (by way of `hold_for_registration`). Who
+decides on a deletion holds that row alone, and looks after that. So either the lock is committed and seen here; or its
+maker comes later, sees DELETING, and takes the deletion back (replica.catalog.revival) or waits for its end. The rows
+that say which rules and datasets there are were held before endpoints, so no order is reversed.
+
+Why two deletions do not take the last two copies. The copies are at two endpoints, so these rows say nothing; the row
+of the file does. Both hold it before they look for another good copy, so the second sees that the first is DELETING.
+Nobody waits for a file's row while holding an endpoint: who finds it held by somebody else leaves that file for later.
+So it does not matter that registration holds files before rules and endpoints.
+
+The order is: rule → endpoint → file (without waiting) → replica → deletion → transfer.
+
+What is not excluded, because no database can: a copy that was good is found damaged after another one was removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from replica.catalog.bulk import ids_of
+from replica.catalog.membership import Unguessed, any_of, by_index, is_covered, literal
+from replica.catalog.provision import LIVE, is_live
+from replica.db.engine import Session
+from replica.db.tables import Instant, dids, endpoints, files, links, replicas, rules, transfers
+from rules.deletion import AT_ONCE, BY_HAND, EXPLICIT, LEFTOVER_SECONDS, Why
+from rules.states import TRANSFER_LEASED, Evidence, ReplicaState
+
+
+def one_of(s: Session, column: sa.ColumnElement[Any], ids: Collection[int]) -> sa.ColumnElement[bool]:
+    """The column has one of these numbers; looked up by an index that begins with it.
+
+    Not a join with the batch: PostgreSQL knows little of a batch, and would now and then rather walk through all
+    replicas there are.
+    """
+    wanted = sorted(set(ids))
+    if not s.postgresql:
+        return column.in_(sa.select(ids_of(s, "one_of", wanted).c.id))
+    array = sa.bindparam(None, f"{{{','.join(map(str, wanted))}}}", sa.Text(), unique=True)
+    return column == sa.any_(sa.cast(array, ARRAY(sa.BigInteger())))
+
+
+def hold_files(s: Session, file_ids: Collection[int]) -> dict[int, int]:
+    """Hold the rows of these files, but those that somebody else holds; returns the sizes of those held now, by id."""
+    rows = sa.select(files.c.did_id, files.c.size_bytes).where(one_of(s, files.c.did_id, file_ids))
+    if s.postgresql:
+        rows = rows.order_by(files.c.did_id).with_for_update(key_share=True, skip_locked=True)
+    with by_index(s):
+        return {row.did_id: row.size_bytes for row in s.execute(rows)}
+
+
+def is_leftover() -> sa.ColumnElement[bool]:
+    """It never became a copy, and nobody said that bytes are there."""
+    return sa.and_(
+        replicas.c.state == literal(ReplicaState.COPYING),
+        replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
+    )
+
+
+def verdict(now: datetime, why: Why | None) -> sa.ColumnElement[str]:
+    """Of a row of `replicas`, whose endpoint may be deleted from."""
+    may_be_last = sa.or_(is_leftover(), sa.true() if why in EXPLICIT else is_forgotten())
+    since = replicas.c.tombstone_at
+    old = sa.literal(now - timedelta(seconds=LEFTOVER_SECONDS), Instant())
+    guards: list[tuple[sa.ColumnElement[bool], Any]] = [
+        (replicas.c.state == literal(ReplicaState.DELETING), "deleting"),
+        (is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked"),
+        (is_live(replicas.c.file_id, replicas.c.endpoint_id), "arriving"),
+        (is_being_read(), "being_read"),
+        (sa.not_(sa.or_(is_good_elsewhere(), may_be_last)), "last_copy"),
+        (sa.and_(is_last_source(), sa.not_(is_leftover())), "last_source"),
+    ]
+    if why in BY_HAND:
+        assert why is not None
+        return _case(guards, why.value)
+    leftover = Why.LEFTOVER.value if why is None else why.value
+    guards += [
+        (since.is_(None), "not_released"),
+        (sa.and_(is_leftover(), since > old), "not_yet"),
+        (is_leftover(), leftover),
+        (since > sa.literal(now, Instant()), "not_yet"),
+    ]
+    if why is None:
+        at_once = since == sa.literal(AT_ONCE, Instant())
+        return _case([*guards, (is_forgotten(), Why.FORGOTTEN.value), (at_once, Why.PURGE.value)], "not_needed")
+    return _case(guards, why.value)
+
+
+def _case(guards: Sequence[tuple[sa.ColumnElement[bool], Any]], otherwise: str) -> sa.ColumnElement[str]:
+    # Written out: bound values of unknown type would each need a cast on PostgreSQL.
+    def word(text: str) -> sa.ColumnElement[str]:
+        return sa.literal_column(f"'{text}'", sa.String())
+
+    return sa.case(*((condition, word(text)) for condition, text in guards), else_=word(otherwise))
+
+
+def is_being_read() -> sa.ColumnElement[bool]:
+    """A worker holds an order to copy this file. It may read from any of its copies."""
+    t = transfers.alias("reading")
+    found = sa.select(1).where(
+        t.c.file_id == replicas.c.file_id, any_of(t.c.state, LIVE), any_of(t.c.state, TRANSFER_LEASED)
+    )
+    return Unguessed(sa.exists(found))
+
+
+def _good(name: str) -> tuple[sa.FromClause, sa.ColumnElement[bool]]:
+    other = replicas.alias(name)
+    readable = sa.select(endpoints.c.id).where(endpoints.c.readable)
+    return other, sa.and_(
+        other.c.file_id == replicas.c.file_id,
+        Unguessed(other.c.endpoint_id != replicas.c.endpoint_id),
+        Unguessed(other.c.state == literal(ReplicaState.AVAILABLE)),
+        Unguessed(other.c.evidence > literal(Evidence.DECLARED)),
+        Unguessed(other.c.endpoint_id.in_(readable)),
+    )
+
+
+def is_good_elsewhere() -> sa.ColumnElement[bool]:
+    """Another copy is verified, can be read, and is not being deleted."""
+    _, good = _good("good_copy")
+    return Unguessed(sa.exists(sa.select(1).where(good)))
+
+
+def is_last_source() -> sa.ColumnElement[bool]:
+    """A transfer that has not ended could read from nowhere else, or its rule says from where it may read."""
+    t, other_way = transfers.alias("waiting"), links.alias("way")
+    other, good = _good("good_source")
+    closed = sa.select(1).where(
+        other_way.c.source_id == other.c.endpoint_id,
+        other_way.c.target_id == t.c.target_id,
+        sa.not_(other_way.c.allowed),
+    )
+    elsewhere = sa.select(1).where(
+        good,
+        Unguessed(other.c.endpoint_id != t.c.target_id),
+        sa.not_(Unguessed(sa.exists(closed.correlate(other, t)))),
+    )
+    limited = sa.select(1).where(rules.c.id == t.c.rule_id, rules.c.source_expression.is_not(None))
+    found = sa.select(1).where(
+        t.c.file_id == replicas.c.file_id,
+        any_of(t.c.state, LIVE),
+        Unguessed(t.c.target_id != replicas.c.endpoint_id),
+        sa.or_(sa.exists(limited.correlate(t)), sa.not_(sa.exists(elsewhere.correlate(replicas, t)))),
+    )
+    return Unguessed(sa.exists(found))
+
+
+def is_forgotten() -> sa.ColumnElement[bool]:
+    """The file's DID was deleted, and nobody can have it back any more (see replica.catalog.did_deletion)."""
+    found = sa.select(1).where(
+        dids.c.id == replicas.c.file_id, Unguessed(dids.c.deleted_at.is_not(None)), Unguessed(dids.c.final_at.is_(None))
+    )
+    return Unguessed(sa.exists(found))

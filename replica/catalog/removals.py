@@ -1,0 +1,502 @@
+"""Removals: deletions as the workers of a site carry them out.
+
+Given     a site, from the worker's token; or what became of its orders.
+Returns   orders with a lease and an epoch; which of them to stop; how many outcomes counted.
+Promises  only the site's own; never before the grace is over; each is asked about once more before it is given away, as
+          rules.deletion decides, for the facts may be older than hours. An outcome counts only with the epoch of the
+          present claim, and touches only the replica of the generation that was meant. About ten statements for a
+          thousand orders or outcomes as for one. Nothing stays half deleted: what fails too often is a replica again,
+          though nobody takes it for good.
+Partner   workers.removing; replica.catalog.deletions decides; replica.catalog.removable has the argument about locks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from replica import wire
+from replica.catalog import guards, outbox, provision, removable, revival, sites
+from replica.catalog.bulk import Columns, ids_of, rows_of
+from replica.catalog.membership import Unguessed, any_of, by_index, is_covered, is_wished, literal, of_pair
+from replica.catalog.provision import PAIR
+from replica.db.engine import Session
+from replica.db.tables import Instant, deletions, dids, endpoints, replicas, scopes, transfers
+from rules.deletion import EXPLICIT, FAILED_SECONDS
+from rules.errors import Invalid
+from rules.names import Did
+from rules.paths import path_for
+from rules.states import DeletionState, Evidence, ReplicaState, TransferState
+from rules.transfers import GiveUp, RetryPolicy, after_failure
+
+DEFAULT_POLICY = RetryPolicy()
+#: How many leases that ran out one call takes back.
+EXPIRED_MAX = 1_000
+#: How long a deletion that must not begin now waits for the next look.
+PUT_OFF_SECONDS = 60
+#: Of a transfer to where the same file is being deleted.
+UNDER_WAY = "deletion_under_way"
+
+_CLAIMED = deletions.c.state == literal(DeletionState.CLAIMED)
+
+
+# --- orders ---------------------------------------------------------------------------------------------------------
+
+
+def claim(s: Session, site_id: int, claim: wire.DeletionClaim, *, lease_seconds: float) -> wire.DeletionOrders:
+    """Take up to `limit` deletions of the site that are due."""
+    rows, more = _take(s, site_id, claim.limit)
+    orders: list[wire.DeletionOrder] = []
+    if rows:
+        verdicts = _verdicts(s, rows)
+        go = [row for row in rows if verdicts.get(row.id) == "go"]
+        _lease(s, [row.id for row in go], claim.worker, lease_seconds)
+        _put_off(s, [row.id for row in rows if verdicts.get(row.id, "held") in ("held", "locked", "busy")])
+        _refuse(s, [row for row in rows if verdicts.get(row.id) == "last_copy"])
+        orders = _orders(s, [row.id for row in go])
+    sites.seen(s, site_id)
+    return wire.DeletionOrders(orders=orders, lease_seconds=lease_seconds, more=more)
+
+
+def _take(s: Session, site_id: int, limit: int) -> tuple[Sequence[sa.Row[Any]], bool]:
+    """Those that are due, held, at endpoints that are held: nobody adds a lock there while they are looked at."""
+    due = (
+        deletions.c.site_id == site_id,
+        revival.QUEUED,
+        deletions.c.not_before <= s.now,
+        deletions.c.endpoint_id.in_(sa.select(endpoints.c.id).where(endpoints.c.deletable)),
+    )
+    query = (
+        sa.select(deletions.c.id, deletions.c.file_id, deletions.c.endpoint_id, deletions.c.why)
+        .where(*due)
+        .order_by(deletions.c.not_before, deletions.c.id)
+        .limit(limit + 1)
+    )
+    rows = s.execute(query).all()
+    if not rows or not s.postgresql:
+        return rows[:limit], len(rows) > limit
+    wanted = sorted({row.endpoint_id for row in rows})
+    # An endpoint that somebody holds is passed over while there is another, for who places a large rule holds it long.
+    free = sa.select(endpoints.c.id).where(endpoints.c.id.in_(wanted)).order_by(endpoints.c.id)
+    held = set(s.execute(free.with_for_update(key_share=True, skip_locked=True)).scalars())
+    if not held:
+        held = set(wanted[:1])
+        guards.change_endpoints(s, wanted[:1])
+    mine = query.where(deletions.c.endpoint_id.in_(sorted(held))).limit(limit)
+    taken = s.execute(mine.with_for_update(of=deletions, key_share=True, skip_locked=True)).all()
+    return taken, bool(taken) and len(rows) > limit
+
+
+def _verdicts(s: Session, rows: Sequence[sa.Row[Any]]) -> dict[int, str]:
+    """By deletion: go; locked: whoever locked it takes it back; busy: not now; last_copy: not any more.
+
+    None of files that somebody else holds."""
+    free = set(removable.hold_files(s, [row.file_id for row in rows]))
+    ids = [row.id for row in rows if row.file_id in free]
+    if not ids:
+        return {}
+    was_leftover = sa.and_(
+        deletions.c.was == literal(ReplicaState.COPYING),
+        replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
+    )
+    explicit = deletions.c.why.in_([why.value for why in EXPLICIT])
+    may_be_last = sa.or_(explicit, was_leftover, removable.is_forgotten())
+    verdict = sa.case(
+        (is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked"),
+        (removable.is_being_read(), "busy"),
+        (sa.not_(sa.or_(removable.is_good_elsewhere(), may_be_last)), "last_copy"),
+        (sa.and_(sa.not_(was_leftover), removable.is_last_source()), "busy"),
+        else_="go",
+    )
+    query = (
+        sa.select(deletions.c.id, verdict.label("verdict"))
+        .select_from(deletions)
+        .join(replicas, _its_replica())
+        .where(removable.one_of(s, deletions.c.id, ids))
+    )
+    with by_index(s):
+        return {row.id: row.verdict for row in s.execute(query)}
+
+
+def _its_replica() -> sa.ColumnElement[bool]:
+    return of_pair(deletions)
+
+
+def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) -> None:
+    if not ids:
+        return
+    batch = ids_of(s, "leased", ids)
+    s.execute(
+        deletions.update()
+        .where(deletions.c.id == batch.c.id)
+        .values(
+            state=DeletionState.CLAIMED,
+            epoch=deletions.c.epoch + 1,
+            attempts=deletions.c.attempts + 1,
+            worker=worker[:128],
+            lease_until=s.now + timedelta(seconds=lease_seconds),
+        )
+    )
+
+
+def _put_off(s: Session, ids: Sequence[int]) -> None:
+    if ids:
+        batch = ids_of(s, "put_off", ids)
+        later = s.now + timedelta(seconds=PUT_OFF_SECONDS)
+        s.execute(deletions.update().where(deletions.c.id == batch.c.id).values(not_before=later))
+
+
+def _refuse(s: Session, rows: Sequence[sa.Row[Any]]) -> None:
+    """The other copies went or turned out bad since it was decided: this one is kept. No lock counts it, so none has
+    to be told."""
+    pairs = [(row.file_id, row.endpoint_id) for row in rows]
+    if revival.take_back(s, sorted(pairs), "it has become the last good copy", keep_tombstone=True):
+        outbox.record(s, "deletion.undone", min(row.id for row in rows), files=len(rows), reason="last_copy")
+
+
+def _orders(s: Session, ids: Sequence[int]) -> list[wire.DeletionOrder]:
+    if not ids:
+        return []
+    query = (
+        sa.select(
+            deletions.c.id,
+            deletions.c.epoch,
+            deletions.c.generation,
+            deletions.c.size_bytes,
+            deletions.c.was,
+            replicas.c.path,
+            dids.c.name,
+            scopes.c.name.label("scope"),
+            endpoints.c.name.label("endpoint"),
+            endpoints.c.url,
+            endpoints.c.layout,
+        )
+        .select_from(deletions)
+        .join(replicas, _its_replica())
+        .join(dids, dids.c.id == deletions.c.file_id)
+        .join(scopes, scopes.c.id == dids.c.scope_id)
+        .join(endpoints, endpoints.c.id == deletions.c.endpoint_id)
+        .where(removable.one_of(s, deletions.c.id, ids))
+        .order_by(deletions.c.id)
+    )
+    orders = []
+    with by_index(s):
+        found = s.execute(query).all()
+    for row in found:
+        did = Did(row.scope, row.name)
+        orders.append(
+            wire.DeletionOrder(
+                deletion=row.id,
+                epoch=row.epoch,
+                did=str(did),
+                generation=row.generation,
+                endpoint=row.endpoint,
+                url=row.url,
+                path=row.path if row.path is not None else path_for(did, row.layout),
+                size=None if row.was is ReplicaState.BAD else row.size_bytes,
+            )
+        )
+    return orders
+
+
+def heartbeat(s: Session, site_id: int, beat: wire.DeletionHeartbeat, *, lease_seconds: float) -> wire.HeartbeatAnswer:
+    """Renew the leases; what is not the worker's any more is to be left alone."""
+    alive: set[int] = set()
+    if beat.beats:
+        columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
+        batch = rows_of(s, "deletion_beats", columns, sorted((b.deletion, b.epoch) for b in beat.beats))
+        mine = _current(batch, site_id)
+        held = (mine.with_for_update(of=deletions, key_share=True) if s.postgresql else mine).subquery("mine")
+        renewed = s.execute(
+            deletions.update()
+            .where(deletions.c.id == held.c.id)
+            .values(lease_until=s.now + timedelta(seconds=lease_seconds))
+            .returning(deletions.c.id)
+        )
+        alive = {id_ for (id_,) in renewed}
+    sites.seen(s, site_id)
+    stop = [b.deletion for b in beat.beats if b.deletion not in alive]
+    return wire.HeartbeatAnswer(lease_seconds=lease_seconds, stop=stop)
+
+
+def _current(batch: sa.FromClause, site_id: int) -> sa.Select[Any]:
+    """The deletions of a batch of ids and epochs that are this site's and claimed with that epoch."""
+    names = ("id", "file_id", "endpoint_id", "generation", "size_bytes", "was", "attempts", "worker", "epoch")
+    return (
+        sa.select(*(deletions.c[name] for name in names))
+        .join(batch, sa.and_(batch.c.id == deletions.c.id, batch.c.epoch == deletions.c.epoch))
+        .where(Unguessed(deletions.c.site_id == site_id), Unguessed(_CLAIMED))
+        .order_by(deletions.c.id)
+    )
+
+
+# --- outcomes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Ending:
+    """One outcome, joined with the deletion it is about, and what follows from it."""
+
+    id: int
+    file_id: int
+    endpoint_id: int
+    generation: int
+    size: int
+    was: ReplicaState
+    attempts: int
+    state: DeletionState = DeletionState.QUEUED
+    not_before: datetime | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, row: sa.Row[Any]) -> _Ending:
+        return cls(row.id, row.file_id, row.endpoint_id, row.generation, row.size_bytes, row.was, row.attempts)
+
+
+def report(
+    s: Session, site_id: int, report: wire.DeletionReport, *, fraction: float, policy: RetryPolicy = DEFAULT_POLICY
+) -> wire.ReportAnswer:
+    """Carry out a batch of outcomes. `fraction` in [0, 1) is the jitter of the pauses before other attempts."""
+    said = {outcome.deletion: outcome for outcome in report.outcomes}
+    if len(said) < len(report.outcomes):
+        raise Invalid("a deletion is reported twice in one batch", hint="report each once", field="outcomes")
+    columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
+    batch = rows_of(s, "deletion_outcomes", columns, sorted((o.deletion, o.epoch) for o in report.outcomes))
+    current = _current(batch, site_id)
+    endings = []
+    for row in _hold(s, current):
+        ending, outcome = _Ending.of(row), said[row.id]
+        _decide(s, ending, outcome, fraction, policy)
+        endings.append(ending)
+    _carry_out(s, endings)
+    accepted = {ending.id for ending in endings}
+    return wire.ReportAnswer(
+        accepted=len(accepted), stale=[o.deletion for o in report.outcomes if o.deletion not in accepted]
+    )
+
+
+def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
+    """Give back what workers hold that stopped answering; what lost too many workers already has failed."""
+    names = ("id", "file_id", "endpoint_id", "generation", "size_bytes", "was", "attempts", "worker")
+    over = (
+        sa.select(*(deletions.c[name] for name in names))
+        .where(_CLAIMED, deletions.c.lease_until < s.now)
+        .order_by(deletions.c.id)
+        .limit(EXPIRED_MAX)
+    )
+    endings = []
+    for row in _hold(s, over):
+        ending = _Ending.of(row)
+        ending.not_before = s.now
+        ending.reason = f"the worker {row.worker} stopped answering"
+        if row.attempts >= policy.attempts_max:
+            ending.state = DeletionState.FAILED
+        endings.append(ending)
+    _carry_out(s, endings)
+    return len(endings)
+
+
+def _hold(s: Session, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    """The rows of the query, with their endpoints held before them; what changes the replicas is in their order."""
+    found = s.execute(query).all()
+    if not found or not s.postgresql:
+        return found
+    guards.change_endpoints(s, sorted({row.endpoint_id for row in found}))
+    # Only now nobody else can end them: what was current before may not be any more.
+    return s.execute(query.with_for_update(of=deletions, key_share=True)).all()
+
+
+def _decide(s: Session, ending: _Ending, outcome: wire.DeletionOutcome, fraction: float, policy: RetryPolicy) -> None:
+    ending.not_before = s.now
+    match outcome.outcome:
+        case "removed":
+            ending.state = DeletionState.DONE
+        case "given_back":
+            ending.attempts = max(0, ending.attempts - 1)
+        case _:
+            # What failed together must not come back together: each has its own part of the jitter.
+            own = (fraction + (ending.id * 0.6180339887498949)) % 1.0
+            after = after_failure(outcome.error, ending.attempts, policy, own, outcome.retry_after_seconds)
+            ending.reason = f"{outcome.error or 'error'}: {outcome.message or 'it gave no reason'}"[:2_000]
+            if isinstance(after, GiveUp):
+                ending.state = DeletionState.FAILED
+            else:
+                ending.not_before = s.now + timedelta(seconds=after.delay_seconds)
+
+
+def _carry_out(s: Session, endings: Sequence[_Ending]) -> None:
+    """Endpoints, replicas and deletions are held, so no lock comes or goes meanwhile that would cover these."""
+    if not endings:
+        return
+    _not_again(s, [ending for ending in endings if ending.state is DeletionState.QUEUED])
+    done = [ending for ending in endings if ending.state is DeletionState.DONE]
+    failed = [ending for ending in endings if ending.state is DeletionState.FAILED]
+    undone = [ending for ending in endings if ending.state is DeletionState.UNDONE]
+    if done:
+        _forget(s, done)
+    if failed or undone:
+        _give_up(s, [*failed, *undone])
+    _end(s, endings)
+    _tell(s, "deletion.done", done)
+    _tell(s, "deletion.failed", failed)
+    _tell(s, "deletion.undone", undone)
+
+
+def _not_again(s: Session, queued: Sequence[_Ending]) -> None:
+    """What a rule has come to want while a worker had it is not tried again: that rule waits for the end."""
+    if not queued:
+        return
+    batch = rows_of(s, "queued_again", PAIR, sorted((ending.file_id, ending.endpoint_id) for ending in queued))
+    wished = sa.select(batch.c.file_id, batch.c.endpoint_id).where(is_wished(batch.c.file_id, batch.c.endpoint_id))
+    with by_index(s):
+        pairs = {(row.file_id, row.endpoint_id) for row in s.execute(wished)}
+    for ending in queued:
+        if (ending.file_id, ending.endpoint_id) in pairs:
+            ending.state = DeletionState.UNDONE
+            before = f"; before that, {ending.reason}" if ending.reason else ""
+            ending.reason = f"a rule wants it again{before}"[:2_000]
+
+
+def _forget(s: Session, done: Sequence[_Ending]) -> None:
+    """The bytes are gone. The replicas go, too; those that a rule wants again are on their way again."""
+    columns: Columns = {**PAIR, "generation": sa.Integer()}
+    rows = sorted((e.file_id, e.endpoint_id, e.generation) for e in done)
+    batch = rows_of(s, "removed", columns, rows)
+    replica = sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id, replicas.c.generation)
+    meant = (
+        removable.one_of(s, replicas.c.file_id, [ending.file_id for ending in done]),
+        Unguessed(replica.in_(sa.select(batch))),
+        Unguessed(replicas.c.state == literal(ReplicaState.DELETING)),
+    )
+    # What a rule that has ended still locks it may have released already: nobody would clear the row away.
+    covered = is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_ended=True)
+    with by_index(s):
+        gone = s.execute(
+            replicas.delete().where(*meant, sa.not_(covered)).returning(replicas.c.file_id, replicas.c.endpoint_id)
+        ).all()
+    size = {(ending.file_id, ending.endpoint_id): ending.size for ending in done}
+    freed: Counter[int] = Counter()
+    for file_id, endpoint_id in gone:
+        freed[endpoint_id] -= size.pop((file_id, endpoint_id))
+    provision.book(s, freed)
+    _end_transfers(s, [(row.file_id, row.endpoint_id) for row in gone])
+    if size:
+        again = rows_of(s, "wanted_again", PAIR, sorted(size))
+        s.execute(
+            replicas.update()
+            .where(of_pair(again), Unguessed(replicas.c.state == literal(ReplicaState.DELETING)))
+            .values(
+                state=ReplicaState.COPYING,
+                generation=replicas.c.generation + 1,
+                evidence=None,
+                verified_at=None,
+                tombstone_at=None,
+            )
+        )
+        _let_go(s, again)
+
+
+def _give_up(s: Session, failed: Sequence[_Ending]) -> None:
+    """Nobody knows whether the bytes are there: the replica is no source, and is tried again some hours later; for a
+    rule that wants it again, a transfer looks what is there."""
+    unknown = (ReplicaState.AVAILABLE, ReplicaState.UNAVAILABLE)
+    columns: Columns = {**PAIR, "state": sa.SmallInteger()}
+    rows = [(e.file_id, e.endpoint_id, (ReplicaState.UNAVAILABLE if e.was in unknown else e.was).value) for e in failed]
+    pairs = rows_of(s, "given_up", columns, sorted(rows))
+    covered = is_covered(replicas.c.file_id, replicas.c.endpoint_id)
+    later = sa.literal(s.now + timedelta(seconds=FAILED_SECONDS), Instant())
+    s.execute(
+        replicas.update()
+        .where(of_pair(pairs), Unguessed(replicas.c.state == literal(ReplicaState.DELETING)))
+        .values(
+            state=pairs.c.state,
+            generation=replicas.c.generation + 1,
+            tombstone_at=sa.case((covered, sa.null()), else_=later),
+        )
+    )
+    _let_go(s, pairs)
+
+
+def _let_go(s: Session, pairs: sa.FromClause) -> None:
+    """Transfers that waited for the end of a deletion go on."""
+    freed = s.execute(
+        transfers.update()
+        .where(
+            sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id)),
+            Unguessed(transfers.c.state == literal(TransferState.QUEUED)),
+            Unguessed(transfers.c.reason_code == UNDER_WAY),
+        )
+        .values(not_before=None, reason_code=None, reason=None)
+        .returning(transfers.c.site_id)
+    )
+    provision.wake_sites(s, {site_id for (site_id,) in freed})
+
+
+def _end_transfers(s: Session, gone: Sequence[tuple[int, int]]) -> None:
+    """Somebody tried again what no rule wants any more."""
+    if not gone:
+        return
+    batch = rows_of(s, "gone", PAIR, sorted(gone))
+    live = sa.and_(
+        transfers.c.file_id == batch.c.file_id,
+        Unguessed(transfers.c.target_id == batch.c.endpoint_id),
+        any_of(transfers.c.state, provision.LIVE),
+    )
+    s.execute(
+        transfers.update()
+        .where(live)
+        .values(
+            state=TransferState.CANCELLED,
+            finished_at=s.now,
+            lease_until=None,
+            not_before=None,
+            reason_code="not_wanted",
+            reason="the replica was deleted",
+        )
+    )
+
+
+def _end(s: Session, endings: Sequence[_Ending]) -> None:
+    columns: Columns = {
+        "id": sa.BigInteger(),
+        "state": sa.SmallInteger(),
+        "attempts": sa.Integer(),
+        "not_before": Instant(),
+        "reason": sa.String(),
+        "finished_at": Instant(),
+    }
+    rows = [
+        (
+            e.id,
+            e.state.value,
+            e.attempts,
+            e.not_before,
+            e.reason,
+            None if e.state is DeletionState.QUEUED else s.now,
+        )
+        for e in endings
+    ]
+    batch = rows_of(s, "deletion_endings", columns, rows)
+    s.execute(
+        deletions.update()
+        .where(deletions.c.id == batch.c.id)
+        .values({name: batch.c[name] for name in columns if name != "id"} | {"lease_until": None})
+    )
+
+
+def _tell(s: Session, kind: str, some: Sequence[_Ending]) -> None:
+    """One event for each endpoint, under the number of the first of these deletions."""
+    found: dict[int, list[_Ending]] = {}
+    for ending in some:
+        found.setdefault(ending.endpoint_id, []).append(ending)
+    if found:
+        names = sa.select(endpoints.c.id, endpoints.c.name).where(endpoints.c.id.in_(sorted(found)))
+        for endpoint_id, name in s.execute(names).all():
+            mine = found[endpoint_id]
+            size = sum(ending.size for ending in mine)
+            outbox.record(s, kind, min(e.id for e in mine), endpoint=name, files=len(mine), bytes=size)
