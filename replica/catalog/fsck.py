@@ -18,7 +18,15 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from replica.catalog import fsck_contents, fsck_ledger, fsck_locks, fsck_replicas, fsck_rules, fsck_work
+from replica.catalog import (
+    fsck_contents,
+    fsck_ledger,
+    fsck_locks,
+    fsck_references,
+    fsck_replicas,
+    fsck_rules,
+    fsck_work,
+)
 from replica.catalog.fsck_invariant import Facts, Invariant
 from replica.db.engine import Database, Session
 from replica.db.tables import accounts, dids, endpoints, instant, micros, scopes, sites
@@ -32,6 +40,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     *fsck_locks.INVARIANTS,
     *fsck_work.INVARIANTS,
     *fsck_ledger.INVARIANTS,
+    *fsck_references.INVARIANTS,
 )
 
 #: So many violations of an invariant are told one by one.

@@ -266,6 +266,7 @@ PLANTS = [
         deletion(1, ENDED, "DESY-DISK", generation=2) + "; " + DELETING.format(ENDED),
         "deletion-last-copy",
     ),
+    plant("references", f"UPDATE transfers SET source_id = 999 WHERE id = {DONE}"),
     # the ledger
     plant("usage", f"UPDATE usage SET bytes = bytes + 1 WHERE endpoint_id = {at('GSI-DISK')}", repaired=True),
     plant("usage", f"DELETE FROM usage WHERE endpoint_id = {at('HZDR-DISK')}", repaired=True),
@@ -283,6 +284,8 @@ PLANTS = [
 
 
 def corrupt(s: Session, planted: Plant) -> None:
+    if not s.postgresql:  # it would look at references after each statement; at the end is late enough
+        s.execute(sa.text("PRAGMA defer_foreign_keys = ON"))
     for statement in planted.statement.split("; "):
         s.execute(sa.text(statement))
 

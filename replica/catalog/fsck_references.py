@@ -1,0 +1,35 @@
+"""What must be true of the references that PostgreSQL does not check.
+
+Given     nothing.
+Returns   INVARIANTS, for replica.catalog.fsck.
+Promises  see there.
+Partner   replica.db.tables says which they are, and why.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from replica.catalog.fsck_invariant import Invariant
+from replica.db.tables import UNCHECKED
+
+
+def _dangling(column: sa.Column[int]) -> str:
+    """Each number once: however many rows have it, it is one mistake."""
+    [reference] = column.foreign_keys
+    table, target = column.table.name, reference.column.table.name
+    return f"""
+        SELECT '{table}.{column.name}' AS place, x.number
+        FROM (SELECT DISTINCT {column.name} AS number FROM {table} WHERE {column.name} IS NOT NULL) x
+        LEFT JOIN {target} t ON t.{reference.column.name} = x.number
+        WHERE t.{reference.column.name} IS NULL"""
+
+
+INVARIANTS = (
+    Invariant(
+        "references",
+        "What a row refers to is there.",
+        " UNION ALL ".join(map(_dangling, UNCHECKED)),
+        "{place} has the number {number}, which nothing has",
+    ),
+)
