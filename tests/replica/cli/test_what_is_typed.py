@@ -182,6 +182,8 @@ def test_ctrl_c_ends_with_130_and_a_word(tmp_path: Path):
             [sys.executable, "-m", "replica", "whoami"],
             cwd=ROOT,
             env=environment,
+            # A shell that runs the tests in the background has switched it off for them and for whom they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
