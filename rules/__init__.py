@@ -18,7 +18,7 @@ and when it selects none, which part of it became empty. `paths` makes of a file
 root.
 
 **What is selected by its metadata.** `conditions` reads the language of searches and subscriptions, and says of one DID
-whether a condition holds; a database is asked the same.
+whether a condition holds; a database is asked the same. `tokens` has what both languages are read from.
 
 **The decisions.** `placement` chooses where missing copies go: what is already there first, then by space and lot,
 never two copies in one failure domain, never more than fits; and for what cannot be placed it has a reason for every

@@ -38,10 +38,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, assert_never, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, assert_never
 
 from rules.errors import InvalidExpression
 from rules.names import shown
+from rules.tokens import Reader, Token, quoted, unescaped
 
 LENGTH_MAX = 10_000
 NESTING_MAX = 20
@@ -71,13 +72,6 @@ _MICROSECOND = timedelta(microseconds=1)
 _INTEGER_MAX = 2**63 - 1
 
 _SIGNS = {"==": "=", "~": "like", "<>": "!="}
-_BLANK = re.compile(r"[ \t\r\n]*")
-_TOKEN = re.compile(
-    r"""(?P<quoted>"(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*')
-      | (?P<sign><=|>=|!=|<>|==|[=<>~(),])
-      | (?P<word>(?:\."(?:[^"\\]|\\.)*"|[^\s"'<>=!~(),])+)""",
-    re.VERBOSE | re.DOTALL,
-)
 _SEGMENT = re.compile(r'"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>\w[\w-]*)', re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKMGTPE])(i?)B")
@@ -162,7 +156,7 @@ Condition: TypeAlias = "Test | Not | And | Or"
 def parse(text: str) -> Condition:
     """The tree of `text`, or InvalidExpression."""
     if len(text) > LENGTH_MAX:
-        raise _wrong(LENGTH_MAX + 1, f"the condition has {len(text)} characters, more than {LENGTH_MAX}")
+        raise _Reader.wrong(LENGTH_MAX + 1, f"the condition has {len(text)} characters, more than {LENGTH_MAX}")
     reader = _Reader(text)
     tree = reader.condition(depth=0)
     reader.expect_end()
@@ -300,60 +294,17 @@ def _like(text: str, pattern: str) -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Token(NamedTuple):
-    kind: Literal["word", "quoted", "sign", "end"]
-    text: str
-    column: int
-
-    def is_sign(self, *signs: str) -> bool:
-        return self.kind == "sign" and self.text in signs
-
-    def is_word(self, *words: str) -> bool:
-        return self.kind == "word" and self.text.lower() in words
-
-    def __str__(self) -> str:
-        return "the end" if self.kind == "end" else shown(self.text)
-
-
-def _tokens(text: str) -> Iterator[_Token]:
-    at = 0
-    while True:
-        blank = _BLANK.match(text, at)
-        at = blank.end() if blank else at
-        if at == len(text):
-            yield _Token("end", "", at + 1)
-            return
-        found = _TOKEN.match(text, at)
-        if found is None:
-            if text[at] in "\"'":
-                raise _wrong(at + 1, "the quote that opens here is never closed")
-            raise _wrong(
-                at + 1, f"{shown(text[at])} has no meaning here", hint="put values with signs in double quotes"
-            )
-        token = found.group()
-        # A regular expression takes for a blank more than we do.
-        if found.lastgroup == "word" and not token.isprintable():
-            raise _wrong(at + 1, "a character that cannot be seen", hint="put it in double quotes if a value has it")
-        yield _Token(cast('Literal["word", "quoted", "sign"]', found.lastgroup), token, at + 1)
-        at = found.end()
-
-
-def _wrong(column: int, what: str, *, hint: str = "") -> InvalidExpression:
-    return InvalidExpression(f"column {column}: {what}", column=column, hint=hint, field="where")
-
-
 def _unquoted(text: str, column: int) -> str:
-    value = re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+    value = unescaped(text)
     if any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
-        raise _wrong(column, "a value holds a character that no text has")
+        raise _Reader.wrong(column, "a value holds a character that no text has")
     return value
 
 
 def _segment_text(segment: str) -> str:
     if re.fullmatch(r"\w[\w-]*", segment):
         return segment
-    escaped = segment.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return quoted(segment)
 
 
 class _Literal(NamedTuple):
@@ -373,13 +324,32 @@ class _Literal(NamedTuple):
         return self.text if number is None else number
 
 
-class _Reader:
-    """Recursive descent; `depth` counts what is open and is bounded by NESTING_MAX."""
+class _Reader(Reader):
+    """`depth` counts what is open and is bounded by NESTING_MAX."""
+
+    TOKEN = re.compile(
+        r"""(?P<quoted>"(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*')
+          | (?P<sign><=|>=|!=|<>|==|[=<>~(),])
+          | (?P<word>(?:\."(?:[^"\\]|\\.)*"|[^\s"'<>=!~(),])+)""",
+        re.VERBOSE | re.DOTALL,
+    )
+    QUOTES = "\"'"
+    MEANINGLESS = "put values with signs in double quotes"
+    FIELD = "where"
 
     def __init__(self, text: str) -> None:
-        self._ahead = list(_tokens(text))
-        self._ahead.reverse()  # the next token is the last of the list
+        super().__init__(text)
         self._tests = 0
+
+    @classmethod
+    def _tokens(cls, text: str) -> Iterator[Token]:
+        for token in super()._tokens(text):
+            # A regular expression takes for a blank more than we do.
+            if token.kind == "word" and not token.text.isprintable():
+                raise cls.wrong(
+                    token.column, "a character that cannot be seen", hint="put it in double quotes if a value has it"
+                )
+            yield token
 
     def condition(self, depth: int) -> Condition:
         parts = [self._all(depth)]
@@ -391,7 +361,7 @@ class _Reader:
     def expect_end(self) -> None:
         token = self._next
         if token.is_sign(")"):
-            raise _wrong(token.column, "this ')' closes nothing")
+            raise self.wrong(token.column, "this ')' closes nothing")
         if token.kind != "end":
             self._expected(token, "'and', 'or' or the end", hint="put a value of several words in double quotes")
 
@@ -407,7 +377,7 @@ class _Reader:
         if path[0] in BUILT_IN and len(path) == 1:
             return Key(path, built_in=True, column=token.column)
         if path[0] in BUILT_IN:
-            raise _wrong(
+            raise self.wrong(
                 token.column,
                 f"{path[0]} has nothing inside",
                 hint=f"write metadata.{token.text} if you mean a key of the metadata",
@@ -415,13 +385,13 @@ class _Reader:
         return Key(path, column=token.column)
 
     @staticmethod
-    def _path(token: _Token) -> tuple[str, ...]:
+    def _path(token: Token) -> tuple[str, ...]:
         segments: list[str] = []
         at = 0
         while True:
             found = _SEGMENT.match(token.text, at)
             if found is None:
-                raise _wrong(
+                raise _Reader.wrong(
                     token.column + at,
                     f"{shown(token.text)} is not a key",
                     hint='keys are words joined by dots; put a word with other signs in quotes: metadata."run number"',
@@ -432,19 +402,11 @@ class _Reader:
             if at == len(token.text):
                 break
             if token.text[at] != ".":
-                raise _wrong(token.column + at, f"expected a dot or the end of the key in {shown(token.text)}")
+                raise _Reader.wrong(token.column + at, f"expected a dot or the end of the key in {shown(token.text)}")
             at += 1
         if len(segments) > SEGMENTS_MAX:
-            raise _wrong(token.column, f"the key has {len(segments)} parts", hint=f"at most {SEGMENTS_MAX}")
+            raise _Reader.wrong(token.column, f"the key has {len(segments)} parts", hint=f"at most {SEGMENTS_MAX}")
         return tuple(segments)
-
-    @property
-    def _next(self) -> _Token:
-        return self._ahead[-1]
-
-    def _take(self) -> _Token:
-        # The end stays: whoever looks beyond it sees it again.
-        return self._ahead[-1] if len(self._ahead) == 1 else self._ahead.pop()
 
     def _all(self, depth: int) -> Condition:
         parts = [self._one(depth)]
@@ -456,7 +418,7 @@ class _Reader:
     def _one(self, depth: int) -> Condition:
         token = self._next
         if (token.is_word("not") or token.is_sign("(")) and depth == NESTING_MAX:
-            raise _wrong(token.column, f"more than {NESTING_MAX} parentheses and 'not' are open")
+            raise self.wrong(token.column, f"more than {NESTING_MAX} parentheses and 'not' are open")
         if token.is_word("not"):
             self._take()
             return Not(self._one(depth + 1))
@@ -476,7 +438,7 @@ class _Reader:
     def _count(self) -> None:
         self._tests += 1
         if self._tests > TESTS_MAX:
-            raise _wrong(self._next.column, f"more than {TESTS_MAX} comparisons", hint="ask twice")
+            raise self.wrong(self._next.column, f"more than {TESTS_MAX} comparisons", hint="ask twice")
 
     def _test(self) -> Condition:
         key = self.key()
@@ -495,7 +457,7 @@ class _Reader:
             return Not(self._in_words(key, self._take()))
         return self._in_words(key, token)
 
-    def _in_words(self, key: Key, operator: _Token) -> Condition:
+    def _in_words(self, key: Key, operator: Token) -> Condition:
         if operator.is_word("in"):
             return self._in(key)
         if operator.is_word("like"):
@@ -519,7 +481,7 @@ class _Reader:
 
     def _has(self, key: Key) -> Condition:
         if key.built_in:
-            raise _wrong(key.column, f"{key} is not a list", hint="compare it with =")
+            raise self.wrong(key.column, f"{key} is not a list", hint="compare it with =")
         self._count()
         return Has(key, self._literal().of_metadata())
 
@@ -546,11 +508,11 @@ class _Reader:
 
     def _like(self, key: Key) -> Condition:
         if key.type not in ("text", "any"):
-            raise _wrong(key.column, f"{key} is not a text", hint="compare it with = or give a range")
+            raise self.wrong(key.column, f"{key} is not a text", hint="compare it with = or give a range")
         pattern = self._literal()
         stars = pattern.text.count("*")
         if stars > STARS_MAX or len(pattern.text) > PATTERN_LENGTH_MAX:
-            raise _wrong(
+            raise self.wrong(
                 pattern.column,
                 f"the pattern has {stars} stars and {len(pattern.text)} characters",
                 hint=f"use at most {STARS_MAX} and {PATTERN_LENGTH_MAX}",
@@ -564,7 +526,7 @@ class _Reader:
         if value.quoted or not dots:
             return self._equals(key, value)
         if not first or not last or ".." in last:
-            raise _wrong(value.column, f"{shown(value.text)} is not a range", hint="write 10..20, or use < and >")
+            raise self.wrong(value.column, f"{shown(value.text)} is not a range", hint="write 10..20, or use < and >")
         return self._range(
             key, _Literal(first, False, value.column), _Literal(last, False, value.column + len(first) + 2)
         )
@@ -585,7 +547,9 @@ class _Reader:
             return Order(key, relation, first if relation in ("<", ">=") else last)
         bound = _typed(key, value)
         if isinstance(bound, bool):
-            raise _wrong(value.column, f"expected a number or a text, found {shown(value.text)}", hint="compare with =")
+            raise self.wrong(
+                value.column, f"expected a number or a text, found {shown(value.text)}", hint="compare with ="
+            )
         return Order(key, relation, bound)
 
     def _literal(self) -> _Literal:
@@ -595,12 +559,8 @@ class _Reader:
         if token.kind != "word":
             self._expected(token, "a value")
         if '"' in token.text:
-            raise _wrong(token.column, "quotes enclose the whole value")
+            raise self.wrong(token.column, "quotes enclose the whole value")
         return _Literal(token.text, False, token.column)
-
-    @staticmethod
-    def _expected(token: _Token, what: str, *, hint: str = "") -> NoReturn:
-        raise _wrong(token.column, f"expected {what}, found {token}", hint=hint)
 
 
 # --- what a value means -----------------------------------------------------------------------------------------------
@@ -630,7 +590,7 @@ def _typed(key: Key, value: _Literal) -> Value:
 def _expected_value(value: _Literal, what: str, known: Sequence[str] = ()) -> InvalidExpression:
     close = difflib.get_close_matches(value.text[:64], known, n=1)
     hint = f"did you mean {close[0]}?" if close else ""
-    return _wrong(value.column, f"expected {what}, found {shown(value.text)}", hint=hint)
+    return _Reader.wrong(value.column, f"expected {what}, found {shown(value.text)}", hint=hint)
 
 
 def _as_number(text: str) -> int | float | None:

@@ -24,10 +24,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, NoReturn, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 from rules.errors import InvalidExpression
 from rules.names import shown
+from rules.tokens import Reader, Token, quoted, unescaped
 
 LENGTH_MAX = 10_000
 NESTING_MAX = 100
@@ -41,11 +42,6 @@ INEQUALITIES = ("<", ">", "<=", ">=")
 
 _NAME = re.compile(r"[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 _BARE = re.compile(r"[A-Za-z0-9._-]+")
-_BLANK = re.compile(r"[ \t\r\n]*")
-_TOKEN = re.compile(
-    r"""(?P<word>[A-Za-z0-9._-]+) | (?P<quoted>"(?:[^"\\]|\\.)*") | (?P<sign><=|>=|!=|[=<>|&\\()*,])""",
-    re.VERBOSE | re.DOTALL,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,57 +141,23 @@ def number(text: str) -> float | None:
 def _written(value: str) -> str:
     if _BARE.fullmatch(value):
         return value
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return quoted(value)
 
 
 def _operand(term: Expression) -> str:
     return f"({term})" if isinstance(term, Chain) else str(term)
 
 
-class _Token(NamedTuple):
-    kind: Literal["word", "quoted", "sign", "end"]
-    text: str
-    column: int
+class _Reader(Reader):
+    """`depth` counts the open parentheses and is bounded by NESTING_MAX."""
 
-    def is_sign(self, *signs: str) -> bool:
-        return self.kind == "sign" and self.text in signs
-
-    def __str__(self) -> str:
-        return "the end" if self.kind == "end" else shown(self.text)
-
-
-def _tokens(text: str) -> Iterator[_Token]:
-    at = 0
-    while True:
-        blank = _BLANK.match(text, at)
-        at = blank.end() if blank else at
-        if at == len(text):
-            yield _Token("end", "", at + 1)
-            return
-        found = _TOKEN.match(text, at)
-        if found is None:
-            if text[at] == '"':
-                raise _wrong(at + 1, "the quote that opens here is never closed")
-            raise _wrong(
-                at + 1,
-                f"{shown(text[at])} has no meaning here",
-                hint="put it in double quotes if it is part of a value",
-            )
-        yield _Token(cast('Literal["word", "quoted", "sign"]', found.lastgroup), found.group(), at + 1)
-        at = found.end()
-
-
-def _wrong(column: int, what: str, *, hint: str = "") -> InvalidExpression:
-    return InvalidExpression(f"column {column}: {what}", column=column, hint=hint)
-
-
-class _Reader:
-    """Recursive descent; `depth` counts the open parentheses and is bounded by NESTING_MAX."""
-
-    def __init__(self, text: str) -> None:
-        self._ahead = list(_tokens(text))
-        self._ahead.reverse()  # the next token is the last of the list
+    TOKEN = re.compile(
+        r"""(?P<word>[A-Za-z0-9._-]+) | (?P<quoted>"(?:[^"\\]|\\.)*") | (?P<sign><=|>=|!=|[=<>|&\\()*,])""",
+        re.VERBOSE | re.DOTALL,
+    )
+    QUOTES = '"'
+    MEANINGLESS = "put it in double quotes if it is part of a value"
+    FIELD = "expression"
 
     def expression(self, depth: int) -> Expression:
         first = self._term(depth)
@@ -208,17 +170,9 @@ class _Reader:
     def expect_end(self) -> None:
         token = self._next
         if token.is_sign(")"):
-            raise _wrong(token.column, "this ')' closes nothing")
+            raise self.wrong(token.column, "this ')' closes nothing")
         if token.kind != "end":
             self._expected(token, "an operator ('|', '&' or '\\') or the end")
-
-    @property
-    def _next(self) -> _Token:
-        return self._ahead[-1]
-
-    def _take(self) -> _Token:
-        # The end stays: whoever looks beyond it sees it again.
-        return self._ahead[-1] if len(self._ahead) == 1 else self._ahead.pop()
 
     def _term(self, depth: int) -> Expression:
         token = self._take()
@@ -229,42 +183,44 @@ class _Reader:
         if token.kind == "word":
             return self._name_or_comparison(token)
         if token.kind == "quoted":
-            raise _wrong(
+            raise self.wrong(
                 token.column, "quotes are for values", hint='write an endpoint\'s name without them, or name="…"'
             )
         return self._expected(token, "an endpoint, key=value, '*' or '('")
 
-    def _in_parentheses(self, opening: _Token, depth: int) -> Expression:
+    def _in_parentheses(self, opening: Token, depth: int) -> Expression:
         if depth > NESTING_MAX:
-            raise _wrong(opening.column, f"more than {NESTING_MAX} parentheses are open")
+            raise self.wrong(opening.column, f"more than {NESTING_MAX} parentheses are open")
         inner = self.expression(depth)
         if not self._next.is_sign(")"):
             self._expected(self._next, f"an operator, or the ')' for column {opening.column}")
         self._take()
         return inner
 
-    def _name_or_comparison(self, word: _Token) -> Leaf:
+    def _name_or_comparison(self, word: Token) -> Leaf:
         if self._next.is_sign(*EQUALITIES, *INEQUALITIES):
             return self._comparison(word)
         if self._next.kind == "word" and self._next.text == "in":
             return self._one_of(word)
         if not _NAME.fullmatch(word.text):
-            raise _wrong(
+            raise self.wrong(
                 word.column,
                 f"{shown(word.text)} is not the name of an endpoint or tag",
                 hint="names are letters and digits joined by single '_' or '-'; for any other attribute write key=true",
             )
         return Name(word.text, word.column)
 
-    def _comparison(self, key: _Token) -> Comparison:
+    def _comparison(self, key: Token) -> Comparison:
         relation = cast("Relation", self._take().text)
         token = self._next
         value = self._value()
         if relation in INEQUALITIES and number(value) is None:
-            raise _wrong(token.column, f"expected a number, found {shown(value)}", hint="compare texts with = or !=")
+            raise self.wrong(
+                token.column, f"expected a number, found {shown(value)}", hint="compare texts with = or !="
+            )
         return Comparison(key.text, relation, value, key.column)
 
-    def _one_of(self, key: _Token) -> OneOf:
+    def _one_of(self, key: Token) -> OneOf:
         self._take()
         if not self._next.is_sign("("):
             self._expected(self._next, "'(' and the values")
@@ -284,13 +240,9 @@ class _Reader:
             return token.text
         if token.kind != "quoted":
             self._expected(token, "a value")
-        value = re.sub(r"\\(.)", r"\1", token.text[1:-1], flags=re.DOTALL)
+        value = unescaped(token.text[1:-1])
         if not value.isprintable():
-            raise _wrong(
+            raise self.wrong(
                 token.column, "a value holds a character that cannot be seen", hint="use printable characters only"
             )
         return value
-
-    @staticmethod
-    def _expected(token: _Token, what: str) -> NoReturn:
-        raise _wrong(token.column, f"expected {what}, found {token}")
