@@ -167,6 +167,8 @@ DELETION: Mapping[DeletionState, frozenset[DeletionState]] = MappingProxyType(
 )
 DELETION_TERMINAL = frozenset({_D.DONE, _D.FAILED, _D.UNDONE})
 
+#: States in which a rule has no locks: not yet, or not any more.
+RULE_WITHOUT_LOCKS = frozenset({_U.WAITING_APPROVAL, _U.EXPIRED})
 #: States that no event leaves.
 TRANSFER_TERMINAL = frozenset({_T.DONE, _T.FAILED, _T.CANCELLED})
 #: States in which a worker holds a lease.

@@ -37,10 +37,9 @@ from replica.storage.base import Storage
 from rules.errors import Invalid, NoSpace, NotAllowed, NotAuthenticated, ReplicaError, Unavailable
 from workers.carrying import LIST_BYTES, LIST_FILES, Carrier, Held
 from workers.removing import Remover
+from workers.runtime import LEASE_TRUSTED, REQUEST_SECONDS
 from workers.storages import Storages
 
-#: A lease counts as lost when this part of it has passed without an answer: the server's clock is not ours.
-LEASE_TRUSTED = 0.8
 #: How much is claimed ahead of the slots.
 WAITING_FILES = 1_000
 WAITING_BYTES = 1 << 30
@@ -50,8 +49,6 @@ REPORT_FILES = 200
 REPORT_FILES_MAX = 2_000
 REPORT_QUIET_SECONDS = 0.05
 REPORT_LATEST_SECONDS = 0.15
-#: No claim or report is waited for longer; then it is said again.
-REQUEST_SECONDS = 60.0
 #: Between two claims that found nothing, however often the bell rings.
 CLAIM_GAP_SECONDS = 0.02
 BACK_OFF_MAX_SECONDS = 20.0

@@ -20,6 +20,7 @@ from replica.client import AsyncClient
 from replica.log import Sparing, get_logger
 from replica.storage.base import Storage
 from rules.errors import Busy, Invalid, Permanent, Refused, ReplicaError, SourceMissing
+from workers.runtime import LEASE_TRUSTED, REQUEST_SECONDS
 from workers.storages import Storages
 
 #: How many one claim takes, and how many of them are removed side by side.
@@ -27,9 +28,6 @@ CLAIM_FILES = 1_000
 AT_ONCE = 8
 #: After so long what is done is told, also when not all is.
 REPORT_SECONDS = 5.0
-#: A lease counts as lost when this part of it has passed without an answer.
-LEASE_TRUSTED = 0.8
-REQUEST_SECONDS = 60.0
 BACK_OFF_MAX_SECONDS = 60.0
 #: Failures are told so often.
 SAY_AGAIN_SECONDS = 20.0

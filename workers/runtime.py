@@ -24,6 +24,10 @@ from typing import Any
 from replica.log import Logger, Sparing, cause_of, get_logger
 from rules.errors import Conflict, ReplicaError, Unavailable
 
+#: A worker counts its lease as lost when this part of it has passed without an answer: the server's clock is not ours.
+LEASE_TRUSTED = 0.8
+#: No claim or report is waited for longer; then it is said again.
+REQUEST_SECONDS = 60.0
 #: What a loop waits at most between two failing rounds.
 BACK_OFF_MAX_SECONDS = 60.0
 

@@ -38,8 +38,7 @@ from replica.catalog import (
     sites,
 )
 from replica.catalog.bulk import Columns, rows_of
-from replica.catalog.membership import Unguessed, any_of, by_index, closure_of, covering, files_of, literal, units
-from replica.catalog.provision import LIVE as LIVE_TRANSFERS
+from replica.catalog.membership import Unguessed, any_of, by_index, closure_of, files_of, literal, units
 from replica.catalog.provision import PAIR, wake_sites
 from replica.catalog.rule_states import settle
 from replica.db import tables
@@ -49,7 +48,7 @@ from rules.deletion import AT_ONCE, BUDGET_SECONDS, EXPLAINED, LEFTOVER_SECONDS,
 from rules.errors import Conflict, Invalid, NotFound, Refused
 from rules.names import Did, shown
 from rules.permissions import Actor
-from rules.states import DELETION_TERMINAL, DeletionState, DidKind, Evidence, Grouping, ReplicaState, TransferState
+from rules.states import DELETION_TERMINAL, DeletionState, DidKind, Evidence, Grouping, ReplicaState
 
 #: How many replicas one transaction looks at.
 SLICE_FILES = 10_000
@@ -334,33 +333,17 @@ def undo(s: Session, actor: Actor, deletion_id: int) -> wire.Deletion:
 def _return(s: Session, pairs: list[tuple[int, int]], reason: str) -> int:
     """Hold what their return changes, in order, and take them back; returns how many are available by it."""
     batch = rows_of(s, "returning", PAIR, sorted(pairs))
-    held = guards.change_rules_covering(s, batch)
+    guards.change_rules_covering(s, batch)
     guards.change_endpoints(s, sorted({endpoint_id for _, endpoint_id in pairs}))
-    if s.postgresql:
-        came = set(s.execute(sa.select(covering(batch).c.rule_id).distinct()).scalars()) - held
-        if came and not came <= guards.try_change_rules(s, sorted(came)):
-            raise Conflict("a rule for this file was added at this moment", hint="repeat the request")
+    guards.change_rules_that_came(s, batch)
     back = revival.take_back(s, sorted(pairs), reason)
     if back:
         available = rows_of(s, "back", PAIR, back)
         touched = provision.count_available(s, available, 1)
         locks.sources_appeared(s, available)
-        _end_needless(s, available)
+        locks.end_needless(s, available)
         settle(s, touched)
     return len(back)
-
-
-def _end_needless(s: Session, pairs: sa.FromClause) -> None:
-    """Transfers that were made while it was not known whether the replica would stay."""
-    t = tables.transfers
-    live = sa.and_(
-        sa.tuple_(t.c.file_id, t.c.target_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id)),
-        Unguessed(any_of(t.c.state, LIVE_TRANSFERS)),
-    )
-    guards.change_transfers(s, live)
-    reason = "the file is at the target already"
-    values = {"state": TransferState.CANCELLED, "finished_at": s.now, "not_before": None}
-    s.execute(t.update().where(live).values(**values, reason_code="not_needed", reason=reason))
 
 
 # --- for people -----------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ _WORDS: dict[str, Any] = {
     "grouping": _states(states.Grouping),
     "evidence": _states(states.Evidence),
     "replica": _states(states.ReplicaState),
-    "rule": _states(states.RuleState, without_locks={states.RuleState.WAITING_APPROVAL, states.RuleState.EXPIRED}),
+    "rule": _states(states.RuleState, without_locks=states.RULE_WITHOUT_LOCKS),
     "transfer": _states(
         _T,
         live=set(_T) - states.TRANSFER_TERMINAL,

@@ -12,7 +12,7 @@ Partner   called by replica.catalog.dids, .replicas and .outcomes inside their t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,6 +41,7 @@ from replica.db.tables import EPOCH, Instant, dids, endpoints, files, locks, rep
 from rules.endpoints import Endpoint
 from rules.errors import Conflict, InvalidExpression, Refused
 from rules.states import (
+    RULE_WITHOUT_LOCKS,
     TRANSFER_LEASED,
     DidKind,
     Evidence,
@@ -55,11 +56,9 @@ SLICE_FILES = 5_000
 #: How many units are placed in one transaction.
 SLICE_UNITS = 10_000
 
-#: Rules in these states have no locks.
-_WITHOUT_LOCKS = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED)
-#: One that has ended and is due still has some, which are being removed (see replica.catalog.releasing).
+#: A rule that has ended and is due still has some locks, which are being removed (see replica.catalog.releasing).
 _MAY_HAVE_LOCKS = sa.or_(
-    rules.c.state.not_in(_WITHOUT_LOCKS),
+    rules.c.state.not_in(tuple(RULE_WITHOUT_LOCKS)),
     sa.and_(rules.c.state == literal(RuleState.EXPIRED), rules.c.evaluate_at.is_not(None)),
 )
 
@@ -425,18 +424,21 @@ def replicas_became_available(s: Session, pairs: sa.FromClause) -> None:
     """
     guards.change_rules_that_came(s, pairs)
     concerned = count_available(s, pairs, 1)
-    this = sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id))
-    needless = sa.and_(this, Unguessed(any_of(transfers.c.state, LIVE)))
-    guards.change_transfers(s, needless)
-    # Not DONE: no worker of ours finished them.
-    cancel = {"state": TransferState.CANCELLED, "finished_at": s.now, "lease_until": None, "not_before": None}
-    s.execute(
-        transfers.update()
-        .where(needless)
-        .values(**cancel, reason_code="not_needed", reason="the file is at the target already")
-    )
+    end_needless(s, pairs)
     sources_appeared(s, pairs)
     settle(s, concerned)
+
+
+def end_needless(s: Session, pairs: sa.FromClause) -> None:
+    """What should be brought is there. Cancelled, not DONE: no worker of ours finished these transfers."""
+    _cancel(s, pairs, "not_needed", "the file is at the target already")
+
+
+def _cancel(s: Session, pairs: sa.FromClause, code: str, reason: str) -> None:
+    this = sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(sa.select(pairs.c.file_id, pairs.c.endpoint_id))
+    live = sa.and_(this, Unguessed(any_of(transfers.c.state, LIVE)))
+    guards.change_transfers(s, live)
+    provision.cancel(s, live, code, reason)
 
 
 def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
@@ -464,9 +466,7 @@ def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None, 
     holds the rules and the endpoints of the pairs. `purge`: copies shall go at once, not when space is needed.
     """
     with by_index(s):
-        unfinished = _unfinished(s, pairs, ignoring_rule)
-        if unfinished:
-            _stop(s, unfinished)
+        stop_unfinished(s, pairs, lambda f, e: is_covered(f, e, ignoring_rule, ignoring_ended=True))
         there, walk = replicas_of(s, pairs)
         since, at = there.c.tombstone_at, sa.literal(EPOCH if purge else s.now, Instant())
         # What a worker may still publish goes an hour later, and needs no purge for it (see rules.deletion).
@@ -488,8 +488,19 @@ def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None, 
         )
 
 
-def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> Sequence[sa.Row[Any]]:
-    """Replicas of `pairs` that nobody wants and that are not there, with whether a worker is at it."""
+#: Of a file and an endpoint.
+Condition = Callable[[sa.ColumnElement[int], sa.ColumnElement[int]], sa.ColumnElement[bool]]
+
+
+def stop_unfinished(s: Session, pairs: sa.FromClause, is_wanted: Condition) -> None:
+    """Of `pairs`, what is not there and not wanted is not brought any more. What no worker is at vanishes."""
+    unfinished = _unfinished(s, pairs, is_wanted)
+    if unfinished:
+        _stop(s, unfinished)
+
+
+def _unfinished(s: Session, pairs: sa.FromClause, is_wanted: Condition) -> Sequence[sa.Row[Any]]:
+    """Replicas of `pairs` that are neither wanted nor there, with whether a worker is at it."""
     guards.change_replicas(s, pairs, missing=True)
     there, walk = replicas_of(s, pairs)
     leased = sa.exists(
@@ -507,7 +518,7 @@ def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> 
             there.c.state != literal(ReplicaState.AVAILABLE),
             # Somebody said that the bytes are there: verifying them goes on, whoever wanted them as well.
             there.c.evidence.is_distinct_from(Evidence.DECLARED),
-            sa.not_(is_covered(there.c.file_id, there.c.endpoint_id, ignoring_rule, ignoring_ended=True)),
+            sa.not_(is_wanted(there.c.file_id, there.c.endpoint_id)),
         )
         .distinct()
     ).all()
@@ -515,23 +526,7 @@ def _unfinished(s: Session, pairs: sa.FromClause, ignoring_rule: int | None) -> 
 
 def _stop(s: Session, unfinished: Sequence[sa.Row[Any]]) -> None:
     batch = rows_of(s, "unfinished", PAIR, [(row.file_id, row.endpoint_id) for row in unfinished])
-    wanted = sa.select(batch.c.file_id, batch.c.endpoint_id)
-    live = sa.and_(
-        sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(wanted), Unguessed(any_of(transfers.c.state, LIVE))
-    )
-    guards.change_transfers(s, live)
-    s.execute(
-        transfers.update()
-        .where(live)
-        .values(
-            state=TransferState.CANCELLED,
-            finished_at=s.now,
-            lease_until=None,
-            not_before=None,
-            reason_code="not_wanted",
-            reason="no rule wants this copy any more",
-        )
-    )
+    _cancel(s, batch, "not_wanted", "no rule wants this copy any more")
     vanish = [row for row in unfinished if row.state is ReplicaState.COPYING and not row.leased]
     if vanish:
         gone = rows_of(s, "vanishing", PAIR, [(row.file_id, row.endpoint_id) for row in vanish])

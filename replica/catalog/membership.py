@@ -9,7 +9,7 @@ Partner   replica.catalog.placing and .locks put these into their statements.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -125,33 +125,45 @@ def is_covered(
 
     `ignoring_ended`: rules whose locks are being removed do not count.
     """
-    own, of_dataset = locks.alias("own_lock"), locks.alias("dataset_lock")
-    by_file = sa.select(1).where(own.c.unit_id == file_id, Unguessed(own.c.endpoint_id == endpoint_id))
-    above = sa.select(1).where(
-        of_dataset.c.unit_id == contents.c.parent_id, Unguessed(of_dataset.c.endpoint_id == endpoint_id)
-    )
-    if ignoring_rule is not None:
-        by_file = by_file.where(Unguessed(own.c.rule_id != ignoring_rule))
-        above = above.where(Unguessed(of_dataset.c.rule_id != ignoring_rule))
-    if ignoring_ended:
-        by_file = by_file.where(sa.not_(_has_ended(own)))
-        above = above.where(sa.not_(_has_ended(of_dataset)))
+
+    def protects(lock: Any) -> Iterator[sa.ColumnElement[bool]]:
+        if ignoring_rule is not None:
+            yield Unguessed(lock.c.rule_id != ignoring_rule)
+        if ignoring_ended:
+            yield sa.not_(_has_ended(lock))
+
+    return has_lock("lock", file_id, endpoint_id, protects)
+
+
+def is_wished(
+    file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any], by_rule: int | None = None
+) -> sa.ColumnElement[bool]:
+    """Whether any rule, or this one, wants the file at the endpoint by a lock that it has not given up. One that has
+    ended wants nothing."""
+
+    def wishes(lock: Any) -> Iterator[sa.ColumnElement[bool]]:
+        yield Unguessed(lock.c.surplus.is_(False))
+        yield sa.not_(_has_ended(lock)) if by_rule is None else Unguessed(lock.c.rule_id == by_rule)
+
+    return has_lock("wish", file_id, endpoint_id, wishes)
+
+
+def has_lock(
+    name: str,
+    file_id: sa.ColumnElement[Any],
+    endpoint_id: sa.ColumnElement[Any],
+    where: Callable[[Any], Iterable[sa.ColumnElement[bool]]],
+) -> sa.ColumnElement[bool]:
+    """Whether the file at the endpoint has a lock of which `where` is true: its own, or that of a dataset it is in."""
+    own, of_dataset = locks.alias(f"own_{name}"), locks.alias(f"dataset_{name}")
+
+    def there(lock: Any) -> Iterator[sa.ColumnElement[bool]]:
+        yield Unguessed(lock.c.endpoint_id == endpoint_id)
+        yield from where(lock)
+
+    by_file = sa.select(1).where(own.c.unit_id == file_id, *there(own))
     # One inside the other, not a join: with statistics of a time when there were few locks, a join reads all of them.
-    by_dataset = sa.select(1).where(contents.c.child_id == file_id, Unguessed(sa.exists(above)))
-    return Unguessed(sa.or_(sa.exists(by_file), sa.exists(by_dataset)))
-
-
-def is_wished(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
-    """Whether any rule wants the file at the endpoint: none that has ended, and by no lock that it has given up."""
-    own, of_dataset = locks.alias("own_wish"), locks.alias("dataset_wish")
-
-    def wishes(lock: Any) -> sa.ColumnElement[bool]:
-        return Unguessed(
-            sa.and_(lock.c.endpoint_id == endpoint_id, lock.c.surplus.is_(False), sa.not_(_has_ended(lock)))
-        )
-
-    by_file = sa.select(1).where(own.c.unit_id == file_id, wishes(own))
-    above = sa.select(1).where(of_dataset.c.unit_id == contents.c.parent_id, wishes(of_dataset))
+    above = sa.select(1).where(of_dataset.c.unit_id == contents.c.parent_id, *there(of_dataset))
     by_dataset = sa.select(1).where(contents.c.child_id == file_id, Unguessed(sa.exists(above)))
     return Unguessed(sa.or_(sa.exists(by_file), sa.exists(by_dataset)))
 
@@ -249,3 +261,12 @@ def replicas_of(s: Session, pairs: sa.FromClause) -> tuple[sa.FromClause, sa.Fro
         .lateral("there")
     )
     return there, pairs.join(there, sa.true())
+
+
+def of_lock(these: sa.FromClause) -> sa.ColumnElement[bool]:
+    """The lock of a row with `rule_id`, `unit_id` and `endpoint_id`."""
+    return sa.and_(
+        locks.c.rule_id == these.c.rule_id,
+        locks.c.unit_id == these.c.unit_id,
+        locks.c.endpoint_id == these.c.endpoint_id,
+    )

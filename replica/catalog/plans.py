@@ -42,11 +42,9 @@ from rules.errors import NotFound
 from rules.names import Did
 from rules.permissions import Actor
 from rules.placement import Choice, Refusal
-from rules.states import Evidence, Grouping, ReplicaState, RuleState
+from rules.states import RULE_WITHOUT_LOCKS, Evidence, Grouping, ReplicaState, RuleState
 
 _UNIT = relocation.UNIT
-#: Rules in these states have no locks yet.
-_BEFORE = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED)
 
 
 # --- adding ---------------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ def plan_wish(
     )
     wanted = new or placing.Wanted.of(rule)
     compared = rule_changes.compare(s, rule, wanted)
-    if rule.state in _BEFORE or (rule.not_before is not None and rule.not_before > s.now) or new is None:
+    if rule.state in RULE_WITHOUT_LOCKS or (rule.not_before is not None and rule.not_before > s.now) or new is None:
         # Nothing follows: it has no copies yet, or stays as it is.
         return wire.WishPlan(
             candidates=[e.name for e in compared.candidates],

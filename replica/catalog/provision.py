@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from replica.catalog import guards, revival, rule_transfers
 from replica.catalog.bulk import Columns, insert, rows_of
-from replica.catalog.membership import Unguessed, any_of, covering, files_of, literal, of_pair
+from replica.catalog.membership import Unguessed, any_of, covering, files_of, literal, of_lock, of_pair
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import contents, endpoints, files, locks, replicas, rules, sites, transfers
@@ -58,11 +58,6 @@ def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
     provided = provide(s, wanted, {rule_id}, files_of_bounds)
     if provided.left_stuck:
         look_soon(s, [rule_id])
-    lock = sa.and_(
-        locks.c.rule_id == part.c.rule_id,
-        locks.c.unit_id == part.c.unit_id,
-        locks.c.endpoint_id == part.c.endpoint_id,
-    )
     # Two units may have shared a file that was made once: what is left is settled by the last slice of each unit.
     share = rows_of(
         s, "booked", {"id": sa.BigInteger(), "bytes": sa.BigInteger()}, sorted(provided.created_bytes.items())
@@ -71,7 +66,7 @@ def apply_locks(s: Session, rule_id: int, limit_files: int) -> int:
     left = locks.c.bytes_pending - sa.func.coalesce(booked, 0)
     s.execute(
         locks.update()
-        .where(lock)
+        .where(of_lock(part))
         .values(
             applied_to=part.c.next,
             bytes_pending=sa.case((part.c.next.is_(None), 0), (left < 0, 0), else_=left),
@@ -328,6 +323,22 @@ def _make_transfers(s: Session, wanted: sa.FromClause, but: sa.FromClause | None
     wake_sites(s, {site_id for (site_id,) in made})
 
 
+def cancel(s: Session, these: sa.ColumnElement[bool], code: str, reason: str) -> None:
+    """End transfers that are live: nobody wants them, or not any more. Their workers hear of it with the next beat."""
+    s.execute(
+        transfers.update()
+        .where(these)
+        .values(
+            state=TransferState.CANCELLED,
+            finished_at=s.now,
+            lease_until=None,
+            not_before=None,
+            reason_code=code,
+            reason=reason,
+        )
+    )
+
+
 def wake_sites(s: Session, site_ids: set[int]) -> None:
     if site_ids:
         query = sa.select(sites.c.name).where(sites.c.id.in_(sorted(site_ids)))
@@ -344,11 +355,7 @@ def count_stuck(s: Session, pairs: sa.FromClause, sign: int) -> list[int]:
     )
     changed = s.execute(
         locks.update()
-        .where(
-            locks.c.rule_id == change.c.rule_id,
-            locks.c.unit_id == change.c.unit_id,
-            locks.c.endpoint_id == change.c.endpoint_id,
-        )
+        .where(of_lock(change))
         .values(files_stuck=locks.c.files_stuck + sign * change.c.files)
         .returning(locks.c.rule_id)
     )
@@ -377,11 +384,7 @@ def count_available(s: Session, pairs: sa.FromClause, sign: int, *, none_stuck: 
     )
     changed = s.execute(
         locks.update()
-        .where(
-            locks.c.rule_id == change.c.rule_id,
-            locks.c.unit_id == change.c.unit_id,
-            locks.c.endpoint_id == change.c.endpoint_id,
-        )
+        .where(of_lock(change))
         .values(
             files_available=locks.c.files_available + sign * change.c.files,
             files_stuck=locks.c.files_stuck - sign * change.c.stuck,

@@ -82,11 +82,6 @@ def left(s: Session, account_id: int, endpoint_ids: Collection[int]) -> tuple[pl
     return decisions.limiting(_standings(s, account_id), endpoint_ids)
 
 
-def are_set(s: Session, account_id: int) -> bool:
-    found = s.execute(sa.select(quotas.c.id).where(quotas.c.account_id == account_id).limit(1)).scalar()
-    return found is not None
-
-
 def take_over(s: Session, rule_id: int, account_id: int) -> None:
     """The rule's copies are charged to this account from here on. Refused where that exceeds a quota of it.
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog import guards, locks, outbox, placing, reasons, usage
+from replica.catalog import locks, outbox, placing, reasons, usage
 from replica.catalog.bulk import Columns, rows_of
-from replica.catalog.membership import Computed, Unguessed, any_of, files_of, is_covered, literal, of_pair
+from replica.catalog.membership import Unguessed, files_of, is_covered, is_wished, literal, of_pair
 from replica.catalog.provision import is_stuck
 from replica.db.engine import Session
-from replica.db.tables import contents, endpoint_attributes, endpoints, files, replicas, sites, transfers
+from replica.db.tables import endpoint_attributes, endpoints, replicas, sites
 from replica.db.tables import locks as locks_table
 from replica.db.tables import reasons as reasons_table
 from rules.errors import InvalidExpression, Refused
 from rules.relocation import NEVER, Move, Trouble, decide
-from rules.states import TRANSFER_LEASED, Evidence, Grouping, ReplicaState
+from rules.states import Grouping, ReplicaState
 
 #: The attribute of an endpoint, or key of a rule's metadata, that forbids moves by being `never`.
 REPLACE = "replace"
@@ -69,25 +69,16 @@ def let_go(s: Session, rule_id: int, limit_files: int) -> int:
 
     Returns the files it held, at least 1 for anything. The caller holds the rule and its endpoints.
     """
-    query = (
-        sa.select(locks_table)
-        .where(locks_table.c.rule_id == rule_id, _SET_ASIDE)
-        .order_by(locks_table.c.unit_id, locks_table.c.endpoint_id)
-        .limit(max(limit_files, 1))
-    )
-    slice_: list[sa.Row[Any]] = []
-    held = 0
-    for lock in s.execute(query):
-        if slice_ and held + lock.files_total > limit_files:
-            break
-        slice_.append(lock)
-        held += lock.files_total
+    slice_, held = _slice(s, rule_id, _SET_ASIDE, limit_files)
     if not slice_:
         return 0
     copies = [(lock.unit_id, lock.endpoint_id) for lock in slice_]
-    unfinished = _ordered_alone(s, rule_id, rows_of(s, "let_go", UNIT, copies))
-    if unfinished:
-        locks._stop(s, unfinished)
+    # What no other rule has a lock on, and this one only surplus ones.
+    locks.stop_unfinished(
+        s,
+        files_of(rows_of(s, "let_go", UNIT, copies)),
+        lambda f, e: sa.or_(is_covered(f, e, rule_id), is_wished(f, e, rule_id)),
+    )
     batch = rows_of(s, "let_go", UNIT, copies)
     recount(s, rule_id, batch)
     s.execute(
@@ -109,21 +100,27 @@ def has_to_let_go(s: Session, rule_id: int) -> bool:
 
 def drop_surplus(s: Session, rule_id: int, limit_files: int) -> int:
     """Release a slice of what a satisfied rule has no use for; returns the files it held, at least 1 for anything."""
+    slice_, held = _slice(s, rule_id, locks_table.c.surplus, limit_files)
+    _drop(s, rule_id, [(lock.unit_id, lock.endpoint_id) for lock in slice_])
+    return max(held, len(slice_))
+
+
+def _slice(s: Session, rule_id: int, which: sa.ColumnElement[bool], limit_files: int) -> tuple[list[sa.Row[Any]], int]:
+    """The first of these locks of the rule, as many as hold so many files, at least one; and how many they hold."""
     query = (
-        sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id, locks_table.c.files_total)
-        .where(locks_table.c.rule_id == rule_id, locks_table.c.surplus)
+        sa.select(locks_table)
+        .where(locks_table.c.rule_id == rule_id, which)
         .order_by(locks_table.c.unit_id, locks_table.c.endpoint_id)
         .limit(max(limit_files, 1))
     )
-    slice_: list[tuple[int, int]] = []
+    taken: list[sa.Row[Any]] = []
     held = 0
     for lock in s.execute(query):
-        if slice_ and held + lock.files_total > limit_files:
+        if taken and held + lock.files_total > limit_files:
             break
-        slice_.append((lock.unit_id, lock.endpoint_id))
+        taken.append(lock)
         held += lock.files_total
-    _drop(s, rule_id, slice_)
-    return max(held, len(slice_))
+    return taken, held
 
 
 def is_satisfied_with_surplus(s: Session, rule: sa.Row[Any]) -> bool:
@@ -154,54 +151,6 @@ def _drop(s: Session, rule_id: int, copies: Sequence[tuple[int, int]]) -> None:
     )
     usage.discharge(s, [(rule_id, *copy) for copy in sorted(copies)])
     locks.release(s, files_of(rows_of(s, "dropped", UNIT, sorted(copies))))
-
-
-def _ordered_alone(s: Session, rule_id: int, units: sa.FromClause) -> Sequence[sa.Row[Any]]:
-    """What is not there of these copies, and nobody wishes any more: no other rule has a lock on it, and this one only
-    surplus ones. With whether a worker is at it."""
-    pairs = files_of(units)
-    guards.change_replicas(s, pairs, missing=True)
-    leased = sa.exists(
-        sa.select(1).where(
-            transfers.c.file_id == replicas.c.file_id,
-            transfers.c.target_id == replicas.c.endpoint_id,
-            any_of(transfers.c.state, TRANSFER_LEASED),
-        )
-    )
-    return s.execute(
-        sa.select(
-            replicas.c.file_id, replicas.c.endpoint_id, replicas.c.state, files.c.size_bytes, leased.label("leased")
-        )
-        .select_from(pairs)
-        .join(replicas, of_pair(pairs))
-        .join(files, files.c.did_id == replicas.c.file_id)
-        .where(
-            Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)),
-            Unguessed(replicas.c.evidence.is_distinct_from(Evidence.DECLARED)),
-            sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, rule_id)),
-            sa.not_(_is_wished(rule_id, replicas.c.file_id, replicas.c.endpoint_id)),
-        )
-        .distinct()
-    ).all()
-
-
-def _is_wished(
-    rule_id: int, file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]
-) -> sa.ColumnElement[bool]:
-    own, of_dataset = locks_table.alias("wished"), locks_table.alias("wished_dataset")
-
-    def mine(lock: Any) -> sa.ColumnElement[bool]:
-        wished = sa.and_(lock.c.endpoint_id == endpoint_id, lock.c.rule_id == rule_id, sa.not_(lock.c.surplus))
-        return Unguessed(wished)
-
-    by_file = sa.select(1).where(own.c.unit_id == file_id, mine(own))
-    by_dataset = (
-        sa.select(1)
-        .select_from(contents)
-        .join(of_dataset, of_dataset.c.unit_id == Computed(contents.c.parent_id))
-        .where(contents.c.child_id == file_id, mine(of_dataset))
-    )
-    return Unguessed(sa.or_(sa.exists(by_file), sa.exists(by_dataset)))
 
 
 def recount(s: Session, rule_id: int, copies: sa.FromClause) -> list[tuple[int, int]]:

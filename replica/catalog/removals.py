@@ -42,6 +42,11 @@ PUT_OFF_SECONDS = 60
 #: Of a transfer to where the same file is being deleted.
 UNDER_WAY = "deletion_under_way"
 
+#: What of a deletion its end needs.
+_NEEDED = tuple(
+    deletions.c[name]
+    for name in ("id", "file_id", "endpoint_id", "generation", "size_bytes", "was", "attempts", "worker", "epoch")
+)
 _CLAIMED = deletions.c.state == literal(DeletionState.CLAIMED)
 
 
@@ -226,9 +231,8 @@ def heartbeat(s: Session, site_id: int, beat: wire.DeletionHeartbeat, *, lease_s
 
 def _current(batch: sa.FromClause, site_id: int) -> sa.Select[Any]:
     """The deletions of a batch of ids and epochs that are this site's and claimed with that epoch."""
-    names = ("id", "file_id", "endpoint_id", "generation", "size_bytes", "was", "attempts", "worker", "epoch")
     return (
-        sa.select(*(deletions.c[name] for name in names))
+        sa.select(*_NEEDED)
         .join(batch, sa.and_(batch.c.id == deletions.c.id, batch.c.epoch == deletions.c.epoch))
         .where(Unguessed(deletions.c.site_id == site_id), Unguessed(_CLAIMED))
         .order_by(deletions.c.id)
@@ -282,12 +286,8 @@ def report(
 
 def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
     """Give back what workers hold that stopped answering; what lost too many workers already has failed."""
-    names = ("id", "file_id", "endpoint_id", "generation", "size_bytes", "was", "attempts", "worker")
     over = (
-        sa.select(*(deletions.c[name] for name in names))
-        .where(_CLAIMED, deletions.c.lease_until < s.now)
-        .order_by(deletions.c.id)
-        .limit(EXPIRED_MAX)
+        sa.select(*_NEEDED).where(_CLAIMED, deletions.c.lease_until < s.now).order_by(deletions.c.id).limit(EXPIRED_MAX)
     )
     endings = []
     for row in _hold(s, over):
@@ -447,18 +447,7 @@ def _end_transfers(s: Session, gone: Sequence[tuple[int, int]]) -> None:
         Unguessed(transfers.c.target_id == batch.c.endpoint_id),
         any_of(transfers.c.state, provision.LIVE),
     )
-    s.execute(
-        transfers.update()
-        .where(live)
-        .values(
-            state=TransferState.CANCELLED,
-            finished_at=s.now,
-            lease_until=None,
-            not_before=None,
-            reason_code="not_wanted",
-            reason="the replica was deleted",
-        )
-    )
+    provision.cancel(s, live, "not_wanted", "the replica was deleted")
 
 
 def _end(s: Session, endings: Sequence[_Ending]) -> None:

@@ -29,12 +29,10 @@ from rules import changes, expressions
 from rules.endpoints import Endpoint
 from rules.errors import Invalid, InvalidExpression, NotFound, Refused
 from rules.names import shown
-from rules.states import DidKind, Grouping, RuleState
+from rules.states import RULE_WITHOUT_LOCKS, DidKind, Grouping, RuleState
 
 #: Of copies that are not complete: how many files one transaction lets go of while a person waits for it.
 SLICE_FILES = 5_000
-#: Rules in these states have no locks yet, or no more.
-_WITHOUT_LOCKS = (RuleState.WAITING_APPROVAL, RuleState.EXPIRED)
 
 
 def change_wish(
@@ -60,7 +58,7 @@ def change_wish(
     wanted = _wanted(rule, new)
     _check(s, wanted)
     s.execute(rules.update().where(rules.c.id == rule_id).values(**new, updated_at=s.now))
-    if rule.state in _WITHOUT_LOCKS or (rule.not_before is not None and rule.not_before > s.now):
+    if rule.state in RULE_WITHOUT_LOCKS or (rule.not_before is not None and rule.not_before > s.now):
         return True
     guards.change_endpoints(s, sa.select(tables.endpoints.c.id))
     s.execute(rules.update().where(rules.c.id == rule_id).values(revised_to=0, placed_to=None))

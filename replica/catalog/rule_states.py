@@ -21,7 +21,7 @@ from replica.db.engine import Session
 from replica.db.tables import Instant, locks, rules
 from replica.db.tables import reasons as reasons_table
 from rules.rule_state import state_of
-from rules.states import RuleState
+from rules.states import RULE_WITHOUT_LOCKS, RuleState
 
 #: Copies on their way are looked after this often, should a transfer have got lost.
 WATCH_SECONDS = 900
@@ -117,7 +117,7 @@ def _next_look(
 ) -> datetime | None:
     if state is RuleState.SUSPENDED:  # it goes on covering what comes; only its transfers wait
         state = state_of(row.copies_missing, int(row.replicating), int(row.stuck), RuleState.REPLICATING)
-    if state in (RuleState.WAITING_APPROVAL, RuleState.EXPIRED):
+    if state in RULE_WITHOUT_LOCKS:
         return None
     if row.not_before is not None and row.not_before > s.now:
         not_before: datetime = row.not_before

@@ -82,18 +82,7 @@ def cancel(s: Session, transfer_id: int) -> wire.Transfer:
     row = _hold(s, transfer_id)
     if row.state in TRANSFER_TERMINAL:
         raise Refused(f"transfer {transfer_id} has ended: it is {row.state.label}", hint="there is nothing to cancel")
-    s.execute(
-        transfers.update()
-        .where(transfers.c.id == transfer_id)
-        .values(
-            state=TransferState.CANCELLED,
-            finished_at=s.now,
-            lease_until=None,
-            not_before=None,
-            reason_code="cancelled",
-            reason="a person cancelled it",
-        )
-    )
+    provision.cancel(s, transfers.c.id == transfer_id, "cancelled", "a person cancelled it")
     pair = rows_of(s, "cancelled", PAIR, [(row.file_id, row.target_id)])
     touched = provision.count_stuck(s, pair, 1)
     message = f"transfer {transfer_id} was cancelled by a person"

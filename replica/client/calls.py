@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 BASE = "/api/v1"
 
+#: Characters of the message of an outcome.
+MESSAGE_MAX = 4_000
 #: What the answer to a DELETE is read as.
 NOTHING = type(None)
 
@@ -86,6 +88,11 @@ def at_did(did: str | Did, *more: str) -> str:
     """The path of a DID; a text is checked first, so a wrong one costs no request."""
     known = did if isinstance(did, Did) else Did.parse(did)
     return at("dids", known.scope, known.name, *more)
+
+
+def printable(text: str) -> str:
+    """A message quotes a storage, which may say anything: what JSON or the database cannot hold is written out."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")[:MESSAGE_MAX]
 
 
 def next_page(call: Call[wire.Page[T]], cursor: str) -> Call[wire.Page[T]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from replica import wire
-from replica.client.calls import Call, at
+from replica.client.calls import Call, at, printable
 from replica.client.http import SyncHttp
 from rules.names import Did
 
@@ -61,13 +61,6 @@ def heartbeat_call(heartbeat: wire.DeletionHeartbeat) -> Call[wire.HeartbeatAnsw
 
 
 def report_call(report: wire.DeletionReport) -> Call[wire.ReportAnswer]:
-    """An outcome's message quotes the storage, which may say anything: what JSON or the database cannot hold goes."""
-    printable = [
-        msgspec.structs.replace(outcome, message=_printable(outcome.message)[:4_000]) for outcome in report.outcomes
-    ]
-    said = wire.DeletionReport(worker=report.worker, outcomes=printable)
+    outcomes = [msgspec.structs.replace(outcome, message=printable(outcome.message)) for outcome in report.outcomes]
+    said = wire.DeletionReport(worker=report.worker, outcomes=outcomes)
     return Call("POST", at("orders", "deletions", "report"), wire.ReportAnswer, said, repeatable=True)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from replica import wire
-from replica.client.calls import Call, at
+from replica.client.calls import Call, at, printable
 from replica.client.http import SyncHttp
 
 
@@ -36,13 +36,6 @@ def heartbeat_call(heartbeat: wire.Heartbeat) -> Call[wire.HeartbeatAnswer]:
 
 
 def report_call(report: wire.Report) -> Call[wire.ReportAnswer]:
-    """An outcome's message quotes the storage, which may say anything: what JSON or the database cannot hold goes."""
-    printable = [
-        msgspec.structs.replace(outcome, message=_printable(outcome.message)[:4_000]) for outcome in report.outcomes
-    ]
-    said = wire.Report(worker=report.worker, outcomes=printable)
+    outcomes = [msgspec.structs.replace(outcome, message=printable(outcome.message)) for outcome in report.outcomes]
+    said = wire.Report(worker=report.worker, outcomes=outcomes)
     return Call("POST", at("orders", "report"), wire.ReportAnswer, said, repeatable=True)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

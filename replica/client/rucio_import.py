@@ -196,10 +196,8 @@ class RucioImport:
         except ReplicaError as error:
             if len(batch) == 1:
                 self._remark("replica", f"{batch[0].did} at {rse}", error.message)
-                return
-            middle = len(batch) // 2
-            self._register(rse, batch[:middle])
-            self._register(rse, batch[middle:])
+            for half in _halves(batch):
+                self._register(rse, half)
         else:
             self._count("replica", len(batch))
 
@@ -227,9 +225,8 @@ class RucioImport:
             elif len(children) == 1:
                 self._remark("content", f"{children[0]} in {parent}", error.message)
             else:
-                middle = len(children) // 2
-                self._attach(parent, children[:middle])
-                self._attach(parent, children[middle:])
+                for half in _halves(children):
+                    self._attach(parent, half)
         else:
             self._count("content", len(children))
 
@@ -369,6 +366,12 @@ def _is_collection(entry: Entry) -> bool:
 
 def parent_and_child(entry: Entry) -> tuple[str, str]:
     return did_text(entry), did_text(entry, "child_scope", "child_name")
+
+
+def _halves(items: list[T]) -> list[list[T]]:
+    """What was refused as a whole is sent in two parts; of one item there are none."""
+    middle = len(items) // 2
+    return [items[:middle], items[middle:]] if middle else []
 
 
 def _runs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
