@@ -25,6 +25,12 @@ ALWAYS = ("xxh3_128", "adler32")
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
+#: Algorithm → its place in DIGITS, and its digits.
+_PLACES = {algorithm: (place, digits) for place, (algorithm, digits) in enumerate(DIGITS.items())}
+#: What is known of a file's content, as a catalogue keeps it: bytes or nothing, in the order of DIGITS.
+Packed = tuple[bytes | None, ...]
+
+
 class Agreement(Enum):
     AGREE = "agree"  #: at least one common algorithm, and all common ones are equal
     DIFFER = "differ"  #: a common algorithm has two values
@@ -85,3 +91,24 @@ class Checksums:
         if not common:
             return Agreement.UNKNOWN
         return Agreement.AGREE if all(mine[a] == theirs[a] for a in common) else Agreement.DIFFER
+
+
+def packed(values: Mapping[str, str]) -> Packed:
+    """`Checksums.of`, for thousands at a time; raises as it does."""
+    found: list[bytes | None] = [None] * len(DIGITS)
+    for algorithm, value in values.items():
+        place, digits = _PLACES.get(algorithm, (0, 0))
+        try:
+            found[place] = content = bytes.fromhex(value)
+        except ValueError:
+            return _packed_slowly(values)
+        # White space between the digits, which `fromhex` takes, leaves too few of them.
+        if len(value) != digits or len(content) * 2 != digits:
+            return _packed_slowly(values)
+    return tuple(found)
+
+
+def _packed_slowly(values: Mapping[str, str]) -> Packed:
+    """What is wrong is refused; what lacks leading zeros is not."""
+    given = Checksums.of(values).as_dict()
+    return tuple(bytes.fromhex(given[algorithm]) if algorithm in given else None for algorithm in DIGITS)

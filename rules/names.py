@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rules.errors import Invalid
 
@@ -26,6 +26,8 @@ _WORD = re.compile(r"[A-Za-z0-9]+(?:[_\-][A-Za-z0-9]+)*\Z")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]{0,63}\Z")
 #: Names of which a look tells that nothing is wrong with them: most names, thousands at a time.
 _PLAIN = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*(?:/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*\Z")
+#: The same with a scope without a dot.
+_PLAIN_DID = re.compile(rf"([A-Za-z0-9_][A-Za-z0-9_\-]{{0,63}}):({_PLAIN.pattern})")
 #: Unicode categories refused in names: control, surrogate, private use, unassigned, line and paragraph separators;
 #: and format characters (right-to-left override, zero width), which make two different names look the same.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -36,8 +38,7 @@ def shown(text: str) -> str:
     return ascii(text[:80]) + ("…" if len(text) > 80 else "")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Did:
+class Did(NamedTuple):
     """A data identifier `scope:name`. Make one with `Did.parse` or `Did.of`, which check."""
 
     scope: str
@@ -46,6 +47,8 @@ class Did:
     @classmethod
     def parse(cls, text: str) -> Did:
         """From `scope:name`; the first colon separates. Raises Invalid with the reason."""
+        if len(text) <= SEGMENT_BYTES_MAX and (plain := _PLAIN_DID.match(text)):
+            return cls(*plain.groups())
         scope, colon, name = text.partition(":")
         if not colon:
             raise Invalid(f"{shown(text)} is not a DID", hint="write it as scope:name", field="did")

@@ -25,8 +25,12 @@ Columns = Mapping[str, TypeEngine[Any]]
 
 def rows_of(s: Session, name: str, columns: Columns, rows: Sequence[Sequence[Any]]) -> sa.FromClause:
     """`name` with `columns`, holding `rows`. On SQLite it lives until the next call with the same name."""
+    return columns_of(s, name, columns, list(zip(*rows, strict=True)) or [()] * len(columns))
+
+
+def columns_of(s: Session, name: str, columns: Columns, values: Sequence[Sequence[Any]]) -> sa.FromClause:
+    """The same, of the values of each column: thousands of rows need not be made only to be taken apart."""
     if s.postgresql:
-        values = list(zip(*rows, strict=True)) or [()] * len(columns)
         arrays = [
             sa.cast(sa.bindparam(None, _array(s, type_, column), sa.Text(), unique=True), ARRAY(type_))
             for type_, column in zip(columns.values(), values, strict=True)
@@ -37,19 +41,17 @@ def rows_of(s: Session, name: str, columns: Columns, rows: Sequence[Sequence[Any
     declared = ", ".join(f'"{column}" {type_.compile(s.connection.dialect)}' for column, type_ in columns.items())
     s.connection.exec_driver_sql(f"DROP TABLE IF EXISTS temp.{table}")
     s.connection.exec_driver_sql(f"CREATE TEMPORARY TABLE {table} ({declared})")
-    if rows:
+    if values[0]:
         binders = [_binder(s, type_) for type_ in columns.values()]
+        bound = (map(bind, column) for bind, column in zip(binders, values, strict=True))
         marks = ", ".join("?" for _ in columns)
-        s.connection.exec_driver_sql(
-            f"INSERT INTO {table} VALUES ({marks})",
-            [tuple(bind(value) for bind, value in zip(binders, row, strict=True)) for row in rows],
-        )
+        s.connection.exec_driver_sql(f"INSERT INTO {table} VALUES ({marks})", list(zip(*bound, strict=True)))
     return sa.table(table, *(sa.column(column, type_) for column, type_ in columns.items())).alias(name)
 
 
 def ids_of(s: Session, name: str, ids: Sequence[int]) -> sa.FromClause:
     """`name(id)` holding `ids`."""
-    return rows_of(s, name, {"id": sa.BigInteger()}, [(i,) for i in ids])
+    return columns_of(s, name, {"id": sa.BigInteger()}, [ids])
 
 
 def insert(s: Session, table: sa.Table) -> Any:
@@ -70,6 +72,11 @@ def _array(s: Session, type_: TypeEngine[Any], values: Sequence[Any]) -> str:
         return f"{{{','.join(map(str, values))}}}"
     if kinds == {type(None)}:
         return f"{{{','.join(['NULL'] * len(values))}}}"
+    if kinds == {bool}:
+        return f"{{{','.join(map(str, values))}}}"
+    if kinds == {bytes}:
+        text = '","\\\\x'.join(map(bytes.hex, values))
+        return f'{{"\\\\x{text}"}}'
     if kinds == {str}:
         text = "\n".join(values)
         if "\\" not in text and '"' not in text:

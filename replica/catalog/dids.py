@@ -12,7 +12,7 @@ Partner   replica.catalog.locks keeps rules true to the contents; replica.catalo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -34,12 +34,13 @@ from replica.catalog import (
     totals,
 )
 from replica.catalog.documents import check_metadata
+from replica.catalog.membership import Unguessed
 from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import dids, files
 from rules.checksums import DIGITS
 from rules.conditions import PATTERN_LENGTH_MAX, STARS_MAX, parse
-from rules.errors import AlreadyExists, Invalid, NotFound, Refused, ReplicaError
+from rules.errors import AlreadyExists, Conflict, Invalid, NotFound, Refused, ReplicaError
 from rules.names import Did, shown
 from rules.permissions import Actor
 from rules.states import DidKind
@@ -226,11 +227,20 @@ def contents(s: Session, did: Did, cursor: str | None, limit: int) -> wire.Page[
 
 def attach(s: Session, parent: Did, children: Sequence[Did], actor: Actor | None = None) -> wire.Attached:
     """Put children into an open dataset or container; those that are in it already stay."""
-    totals.hold_datasets(s, parent, children)
-    parent_id, parent_kind = open_parent(s, parent, children)
-    found = resolve(s, children)
-    _check_fit(s, parent, parent_id, parent_kind, found)
-    attached = attach_ids(s, parent_id, [id_ for id_, _ in found.values()])
+    _check_number(children)
+    found = {place: (id_, kind) for place, id_, kind in _find(s, [parent, *children])}
+    if 0 not in found:
+        raise _missing(s, parent)
+    parent_id, parent_kind = found.pop(0)
+    _hold_open(s, parent, parent_id, parent_kind, [id_ for id_, kind in found.values() if kind is DidKind.FILE])
+    ids = {id_ for id_, _ in found.values()}
+    # Which of them does not exist or is of another kind is only looked for when there is one.
+    files_only = all(kind is DidKind.FILE for _, kind in found.values())
+    if parent_kind is DidKind.CONTAINER or not files_only or len(found) < len(children):
+        sure = resolve(s, children)
+        _check_fit(s, parent, parent_id, parent_kind, sure)
+        ids = {id_ for id_, _ in sure.values()}
+    attached = attach_ids(s, parent_id, parent_kind, ids)
     if attached:
         outbox.record(s, "did.attached", parent_id, account_of(s, actor), did=str(parent), attached=attached)
     return wire.Attached(attached=attached)
@@ -292,15 +302,28 @@ def _check_fit(
         )
 
 
-def attach_ids(s: Session, parent_id: int, child_ids: Sequence[int]) -> int:
+def attach_ids(s: Session, parent_id: int, parent_kind: DidKind, child_ids: Collection[int]) -> int:
     """Put children, known to fit, into a parent that `open_parent` holds; returns how many were not in it."""
     given = bulk.ids_of(s, "children", sorted(child_ids))
     rows = sa.select(sa.literal(parent_id, sa.BigInteger), given.c.id).where(sa.true()).order_by(given.c.id)
+    if parent_kind is DidKind.DATASET and s.postgresql:
+        held = totals.held_files(given)
+        rows = sa.select(sa.literal(parent_id, sa.BigInteger), held.c.id).where(held.c.deleted_at.is_(None))
     made = bulk.insert(s, tables.contents).from_select(["parent_id", "child_id"], rows).on_conflict_do_nothing()
-    new = [int(id_) for id_ in s.execute(made.returning(tables.contents.c.child_id)).scalars()]
+    new = s.execute(made.returning(tables.contents.c.child_id)).scalars().all()
+    if s.postgresql and (len(new) < len(child_ids) or parent_kind is DidKind.CONTAINER):
+        _refuse_deleted(s, given)
     if new:
-        locks.content_attached(s, parent_id, new)
+        batch = given if len(new) == len(child_ids) else bulk.ids_of(s, "joined", new)
+        locks.content_attached(s, parent_id, parent_kind, new, batch)
     return len(new)
+
+
+def _refuse_deleted(s: Session, batch: sa.FromClause) -> None:
+    """Conflict when one of these children was deleted after it was looked up; from here on none is."""
+    gone = sa.select(1).select_from(batch).join(dids, dids.c.id == batch.c.id)
+    if s.execute(gone.where(Unguessed(dids.c.deleted_at.is_not(None))).limit(1)).scalar() is not None:
+        raise Conflict("one of these was deleted at this moment", hint="repeat the request")
 
 
 def detach(s: Session, parent: Did, children: Sequence[Did], actor: Actor | None = None) -> wire.Detached:
@@ -333,16 +356,25 @@ def detach_ids(s: Session, parent_id: int, child_ids: Sequence[int]) -> int:
 
 def open_parent(s: Session, parent: Did, children: Sequence[Did]) -> tuple[int, DidKind]:
     """The parent, held so that nobody else changes its contents. Refused when it is closed or cannot have any."""
+    _check_number(children)
+    parent_id, kind = row_id(s, parent)
+    _hold_open(s, parent, parent_id, kind)
+    return parent_id, kind
+
+
+def _check_number(children: Sequence[Did]) -> None:
     if len(children) > wire.BULK_MAX:
         raise Invalid(f"{len(children)} are too many for one call", hint=f"at most {wire.BULK_MAX}", field="dids")
-    parent_id, kind = row_id(s, parent)
+
+
+def _hold_open(s: Session, parent: Did, parent_id: int, kind: DidKind, file_ids: Sequence[int] = ()) -> None:
+    """With the datasets that share some of these files, which are about to come."""
     if kind is DidKind.FILE:
         raise Invalid(f"{parent} is a file and holds nothing", hint="name a dataset or container", field="did")
     if kind is DidKind.CONTAINER:
         # Two at once could close a loop that neither sees. Before the container is held: the other may want to hold it.
         guards.one_at_a_time(s, "containers")
-    guards.change_collection(s, parent_id)
-    now = s.execute(sa.select(dids.c.open, dids.c.deleted_at).where(dids.c.id == parent_id)).one()
+    now = totals.hold_parent(s, parent_id, file_ids)
     if now.deleted_at is not None:  # while we waited for it
         raise _missing(s, parent)
     if not now.open:
@@ -351,7 +383,6 @@ def open_parent(s: Session, parent: Did, children: Sequence[Did]) -> tuple[int, 
             hint=f"open it again with `replica did reopen {parent}`",
             field="did",
         )
-    return parent_id, kind
 
 
 def row_id(s: Session, did: Did, *, deleted: bool = False) -> tuple[int, DidKind]:
@@ -368,21 +399,29 @@ def resolve(s: Session, names: Collection[Did], *, deleted: bool = False) -> dic
 
     `deleted`: also those that were deleted.
     """
-    given = bulk.rows_of(
-        s, "given_dids", {"scope": sa.String(), "name": sa.String()}, [(did.scope, did.name) for did in set(names)]
-    )
+    wanted = list(names)
+    found = {wanted[place]: (id_, kind) for place, id_, kind in _find(s, wanted, deleted=deleted)}
+    missing = {did: f"there is no DID {did}" for did in names if did not in found}
+    refuse(NotFound, missing, "", "`replica did list` shows what there is; files come into being by being registered")
+    return {did: found[did] for did in dict.fromkeys(names)}
+
+
+def _find(s: Session, names: Sequence[Did], *, deleted: bool = False) -> Iterator[tuple[int, int, DidKind]]:
+    """Place in `names`, id and kind of those that there are."""
+    columns: bulk.Columns = {"place": sa.Integer(), "scope": sa.String(), "name": sa.String()}
+    values = [range(len(names)), [did.scope for did in names], [did.name for did in names]]
+    given = bulk.columns_of(s, "given_dids", columns, values)
     query = (
-        sa.select(given.c.scope, given.c.name, dids.c.id, dids.c.kind)
+        # Bare numbers: thousands have no time for a converter each.
+        sa.select(given.c.place, dids.c.id, sa.type_coerce(dids.c.kind, sa.SmallInteger))
         .select_from(given)
         .join(tables.scopes, tables.scopes.c.name == given.c.scope)
         .join(dids, sa.and_(dids.c.scope_id == tables.scopes.c.id, dids.c.name == given.c.name))
     )
     if not deleted:
         query = query.where(dids.c.deleted_at.is_(None))
-    found = {Did(row.scope, row.name): (int(row.id), row.kind) for row in s.execute(query)}
-    missing = {did: f"there is no DID {did}" for did in names if did not in found}
-    refuse(NotFound, missing, "", "`replica did list` shows what there is; files come into being by being registered")
-    return {did: found[did] for did in dict.fromkeys(names)}
+    kinds = {kind.value: kind for kind in DidKind}
+    return ((place, id_, kinds[kind]) for place, id_, kind in s.execute(query).all())
 
 
 def refuse(error: type[ReplicaError], wrong: dict[Did, str], sentence: str, hint: str) -> None:

@@ -11,6 +11,7 @@ Partner   called by replica.catalog.dids, .replicas and .outcomes inside their t
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import EPOCH, Instant, dids, endpoints, files, locks, replicas, rules, transfers
 from rules.endpoints import Endpoint
-from rules.errors import Conflict, InvalidExpression, Refused
+from rules.errors import InvalidExpression, Refused
 from rules.states import (
     RULE_WITHOUT_LOCKS,
     TRANSFER_LEASED,
@@ -66,29 +67,26 @@ _MAY_HAVE_LOCKS = sa.or_(
 # --- contents changed -----------------------------------------------------------------------------------------------
 
 
-def content_attached(s: Session, parent_id: int, child_ids: Sequence[int]) -> None:
-    """These children are new in the parent, which the caller holds."""
-    if not child_ids:
-        return
-    batch = ids_of(s, "joined", child_ids)
-    _refuse_deleted(s, batch)
-    holds_files = _kind(s, parent_id) is DidKind.DATASET
-    if holds_files:
-        totals.hold_files(s, batch)
-        totals.joined(s, parent_id, batch, len(child_ids))
+def content_attached(
+    s: Session, parent_id: int, parent_kind: DidKind, child_ids: Sequence[int], batch: sa.FromClause
+) -> None:
+    """These children, `batch` (id), are new in the parent. The caller holds it, and if they are files them as well."""
+    shared = True
+    if parent_kind is DidKind.DATASET:
+        shared = totals.joined(s, parent_id, batch, len(child_ids))
     else:
         guards.keep_collections(s, child_ids, nested=True)
     above = _rules_above(s, parent_id)
     if not above:
         return
-    if holds_files:
-        _files_joined(s, parent_id, batch, len(child_ids), above)
+    if parent_kind is DidKind.DATASET:
+        _files_joined(s, parent_id, batch, len(child_ids), above, shared)
     else:
         _hold_every_endpoint(s)
         for rule in _alive(above):
             tree = closure(_roots(s, child_ids))
             place_units(s, rule, sa.select(units(tree, rule.grouping).subquery().c.unit_id))
-    settle(s, [rule.id for rule in _alive(above)])
+    settle(s, [rule.id for rule in _alive(above)], held=True)
 
 
 def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> None:
@@ -124,40 +122,32 @@ def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> No
     settle(s, [rule.id for rule in _alive(above)])
 
 
-def _refuse_deleted(s: Session, batch: sa.FromClause) -> None:
-    """Conflict when one of these children was deleted after it was looked up; from here on none is."""
-    if s.postgresql:
-        gone = sa.select(1).select_from(batch).join(dids, dids.c.id == batch.c.id)
-        if s.execute(gone.where(Unguessed(dids.c.deleted_at.is_not(None))).limit(1)).scalar() is not None:
-            raise Conflict("one of these was deleted at this moment", hint="repeat the request")
-
-
 def _with_surplus(s: Session, rule_ids: Sequence[int]) -> set[int]:
     """Those that keep copies they do not wish any more, maybe of units of another grouping."""
     found = sa.select(locks.c.rule_id).where(locks.c.rule_id.in_(rule_ids), locks.c.surplus)
     return set(s.execute(found.distinct()).scalars())
 
 
-def hold_for_registration(s: Session, pairs: sa.FromClause, endpoint_id: int, dataset_id: int | None) -> None:
+def hold_for_registration(s: Session, pairs: sa.FromClause | None, endpoint_id: int, dataset_id: int | None) -> None:
     """What entering these replicas, and putting their files into the dataset, will change: all at once, in order.
+    `pairs` are those of files that were known before; None: all are new.
 
     The caller holds the dataset.
     """
     if not s.postgresql:
         return
-    concerned = sa.select(covering(pairs).c.rule_id.label("id"))
+    concerned = [] if pairs is None else [sa.select(covering(pairs).c.rule_id.label("id"))]
     if dataset_id is not None:
         above = ancestors(s, [dataset_id])
         of_dataset = sa.select(rules.c.id, rules.c.grouping).where(
             rules.c.did_id.in_(sa.select(above.c.id)), _MAY_HAVE_LOCKS
         )
+        guards.change_rules(s, sa.union(*concerned, of_dataset.with_only_columns(rules.c.id)))
         if any(grouping is Grouping.NONE for _, grouping in s.execute(of_dataset)):
-            guards.change_rules(s, sa.union(concerned, of_dataset.with_only_columns(rules.c.id)))
             _hold_every_endpoint(s)
             return
-        guards.change_rules(s, sa.union(concerned, of_dataset.with_only_columns(rules.c.id)))
-    else:
-        guards.change_rules(s, concerned)
+    elif concerned:
+        guards.change_rules(s, *concerned)
     there: Any = sa.select(sa.literal(endpoint_id, sa.BigInteger()).label("id"))
     if dataset_id is not None:
         there = sa.union(there, sa.select(locks.c.endpoint_id).where(locks.c.unit_id == dataset_id))
@@ -194,39 +184,78 @@ def _roots(s: Session, ids: Sequence[int]) -> sa.Select[Any]:
     return sa.select(sa.literal(0).label("tag"), batch.c.id)
 
 
-def _files_joined(s: Session, parent_id: int, batch: sa.FromClause, count: int, above: Sequence[sa.Row[Any]]) -> None:
+def _files_joined(
+    s: Session, parent_id: int, batch: sa.FromClause, count: int, above: Sequence[sa.Row[Any]], shared: bool
+) -> None:
     singles = [rule for rule in _alive(above) if rule.grouping is Grouping.NONE]
-    if singles:
-        _hold_every_endpoint(s)
-    else:
-        guards.change_endpoints(s, sa.select(locks.c.endpoint_id).where(locks.c.unit_id == parent_id))
-    given_up = sa.case((locks.c.surplus, 1), (rules.c.state == literal(RuleState.EXPIRED), 1), else_=0)
-    there = s.execute(
-        sa.select(
-            locks.c.endpoint_id,
-            sa.func.min(rules.c.id),
-            sa.func.max(rules.c.priority),
-            sa.func.min(rules.c.activity),
-            sa.func.min(given_up),
-        )
-        .join(rules, rules.c.id == locks.c.rule_id)
-        .where(locks.c.unit_id == parent_id)
-        .group_by(locks.c.endpoint_id)
-        .order_by(locks.c.endpoint_id)
-    ).all()
+    there = _locks_held(s, parent_id, every_endpoint=bool(singles))
     if there:
-        every = [tuple(row) for row in there]
+        every = _by_endpoint(there)
         pairs = _at(s, "locked_at", batch, every)
-        guards.change_replicas(s, pairs, missing=True)
-        _count_files(s, parent_id, pairs, 1)
-        usage.files_joined(s, parent_id, batch)
-        held = [rule.id for rule in above]
-        if wished := [row for row in every if not row[-1]]:
-            wanted = pairs if wished == every else _at(s, "wished_at", batch, wished)
-            if provision.provide(s, wanted, held).left_stuck:
-                look_soon(s, held)
+        counts = _counts(s, pairs)
+        if any(row.rows > row.available for row in counts):
+            # Who changes these now waits, or we wait for him and see what he did.
+            guards.change_replicas(s, pairs, missing=True)
+            counts = _counts(s, pairs)
+        _count_files(s, parent_id, counts, 1)
+        if shared:
+            usage.files_joined(s, parent_id, batch)
+        else:
+            holders = {(lock.account_id, lock.endpoint_id) for lock in there}
+            usage.unshared_joined(s, holders, count, int(counts[0].bytes))
+        _provide_joined(s, batch, every, counts, [rule.id for rule in above])
     for rule in singles:
         place_units(s, rule, sa.select(batch.c.id), limit_files=count * rule.copies)
+
+
+def _locks_held(s: Session, unit_id: int, *, every_endpoint: bool) -> Sequence[sa.Row[Any]]:
+    """The locks on the unit, and of their rules what provision takes; their endpoints are held from here on."""
+    ended = rules.c.state == literal(RuleState.EXPIRED)
+    query = (
+        sa.select(
+            locks.c.endpoint_id,
+            rules.c.id.label("rule_id"),
+            rules.c.priority,
+            rules.c.activity,
+            rules.c.account_id,
+            sa.or_(locks.c.surplus, ended).label("given_up"),
+        )
+        .join(rules, rules.c.id == locks.c.rule_id)
+        .join(endpoints, endpoints.c.id == locks.c.endpoint_id)
+        .where(locks.c.unit_id == unit_id)
+        .order_by(endpoints.c.id)
+    )
+    if every_endpoint:
+        _hold_every_endpoint(s)
+    elif s.postgresql:
+        query = query.with_for_update(of=endpoints, key_share=True)
+    return s.execute(query).all()
+
+
+def _by_endpoint(there: Sequence[sa.Row[Any]]) -> list[tuple[Any, ...]]:
+    """`(endpoint, rule, priority, activity, given up by all)` of locks in the order of their endpoints."""
+    answer = []
+    for endpoint_id, some in itertools.groupby(there, key=lambda lock: lock.endpoint_id):
+        here = list(some)
+        first = min(lock.rule_id for lock in here), max(lock.priority for lock in here)
+        last = min(lock.activity for lock in here), all(lock.given_up for lock in here)
+        answer.append((endpoint_id, *first, *last))
+    return answer
+
+
+def _provide_joined(
+    s: Session, batch: sa.FromClause, every: Sequence[tuple[Any, ...]], counts: Sequence[sa.Row[Any]], held: list[int]
+) -> None:
+    """Make what is missing of files that joined a unit, where a lock wishes them. The caller holds the endpoints, so
+    what is there and protected stays so."""
+    missing = {row.endpoint_id: row.rows for row in counts if row.available < row.files or row.released}
+    wished = [row for row in every if not row[-1] and row[0] in missing]
+    if wished:
+        wanted = _at(s, "wished_at", batch, wished)
+        pairs = len(wished) * counts[0].files
+        none_there = not any(missing[row[0]] for row in wished)
+        if provision.provide(s, wanted, held, pairs, none_there=none_there).left_stuck:
+            look_soon(s, held)
 
 
 def _at(s: Session, name: str, batch: sa.FromClause, there: Sequence[tuple[Any, ...]]) -> sa.Subquery:
@@ -247,25 +276,35 @@ def _hold_every_endpoint(s: Session) -> None:
     guards.change_endpoints(s, sa.select(endpoints.c.id))
 
 
-def _count_files(s: Session, unit_id: int, pairs: sa.FromClause, sign: int) -> None:
-    """The files of `pairs`, which has their sizes, came into the unit (1) or went (-1)."""
+def _counts(s: Session, pairs: sa.FromClause) -> Sequence[sa.Row[Any]]:
+    """Of `pairs`, which has the sizes of files, by endpoint: how many files and bytes, how many of them have a replica
+    there, and in which state."""
     available = replicas.c.state == literal(ReplicaState.AVAILABLE)
     stuck = sa.case(
         (replicas.c.state.is_(None), 0), (available, 0), (is_stuck(pairs.c.file_id, pairs.c.endpoint_id), 1), else_=0
     )
-    change = (
+    query = (
         sa.select(
             pairs.c.endpoint_id,
             sa.func.count().label("files"),
+            sa.func.sum(pairs.c.size_bytes).label("bytes"),
+            sa.func.count(replicas.c.file_id).label("rows"),
             sa.func.sum(sa.case((available, 1), else_=0)).label("available"),
             sa.func.sum(stuck).label("stuck"),
-            sa.func.sum(pairs.c.size_bytes).label("bytes"),
+            sa.func.count(replicas.c.tombstone_at).label("released"),
         )
         .select_from(pairs)
         .outerjoin(replicas, of_pair(pairs))
         .group_by(pairs.c.endpoint_id)
-        .subquery("change")
     )
+    return s.execute(query).all()
+
+
+def _count_files(s: Session, unit_id: int, counts: Sequence[sa.Row[Any]], sign: int) -> None:
+    """So many files came into the unit (1) or went (-1)."""
+    names = ("endpoint_id", "files", "available", "stuck", "bytes")
+    rows = [(row.endpoint_id, row.files, row.available, row.stuck, int(row.bytes)) for row in counts]
+    change = rows_of(s, "change", {name: sa.BigInteger() for name in names}, rows)
     s.execute(
         locks.update()
         .where(locks.c.unit_id == unit_id, locks.c.endpoint_id == change.c.endpoint_id)
@@ -290,7 +329,7 @@ def _files_left(s: Session, dataset_id: int, file_ids: Sequence[int]) -> list[tu
         .subquery("pairs")
     )
     guards.change_replicas(s, pairs, missing=True)
-    _count_files(s, dataset_id, pairs, -1)
+    _count_files(s, dataset_id, _counts(s, pairs), -1)
     usage.files_left(s, dataset_id, batch)
     where = s.execute(sa.select(locks.c.endpoint_id).where(locks.c.unit_id == dataset_id).distinct()).scalars().all()
     return [(file_id, endpoint_id) for endpoint_id in where for file_id in file_ids]

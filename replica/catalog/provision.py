@@ -116,13 +116,18 @@ class Provided:
     left_stuck: bool
 
 
-def provide(s: Session, wanted: sa.FromClause, held: Collection[int], pairs: int | None = None) -> Provided:
+def provide(
+    s: Session, wanted: sa.FromClause, held: Collection[int], pairs: int | None = None, *, none_there: bool = False
+) -> Provided:
     """Make what is missing for `(file_id, endpoint_id, size_bytes, rule_id, priority, activity)`, one row for a pair.
 
-    The caller holds the endpoints and the rules `held`, and settles these. `pairs`: there are not more than so many.
+    The caller holds the endpoints and the rules `held`, and settles these. `pairs`: there are not more than so many;
+    `none_there`: none of them has a replica yet, in whatever state.
     """
-    _revive(s, wanted, held)
-    stuck = [(row.file_id, row.endpoint_id) for row in s.execute(_in_vain(wanted))]
+    stuck: list[tuple[int, int]] = []
+    if not none_there:
+        _revive(s, wanted, held)
+        stuck = [(row.file_id, row.endpoint_id) for row in s.execute(_in_vain(wanted))]
     if stuck:
         batch = rows_of(s, "stuck_before", PAIR, stuck)
         if set(s.execute(sa.select(covering(batch).c.rule_id).distinct()).scalars()) <= set(held):

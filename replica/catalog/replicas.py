@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NoReturn, assert_never
 from urllib.parse import quote
 
@@ -38,7 +39,7 @@ from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import contents, files, instant, replicas, transfers
 from replica.storage.base import check_path
-from rules.checksums import DIGITS, Agreement, Checksums
+from rules.checksums import DIGITS, Packed, packed
 from rules.errors import AlreadyExists, Conflict, Invalid, Refused, ReplicaError
 from rules.names import Did, shown
 from rules.paths import is_injective, owners, path_for
@@ -62,9 +63,11 @@ class _Given:
 
     did: Did
     size: int
-    checksums: Checksums
+    checksums: Packed
     path: str | None
     file_id: int = 0
+    #: The catalogue did not know it: so no rule covers it, and nothing is on its way.
+    new: bool = False
     #: The bytes at the endpoint were read, and a common checksum says that they are the catalogue's.
     proven: bool = False
 
@@ -76,7 +79,7 @@ class _Known:
     id: int
     kind: DidKind
     size: int | None
-    checksums: Checksums
+    checksums: Packed
 
 
 def register(s: Session, actor: Actor, registration: wire.Registration) -> wire.Registered:
@@ -119,28 +122,30 @@ def _enter(
     if dataset is not None:
         totals.hold_datasets(s, dataset, given)
     dataset_id = None if dataset is None else _open_dataset(s, dataset, scope_ids, account_id)
-    everything = sorted(given.values(), key=lambda file: (scope_ids[file.did.scope], file.did.name))
-    new = _files(s, everything, scope_ids, account_id, hashed)
-    if dataset is not None:
-        batch = bulk.ids_of(s, "registered", sorted(file.file_id for file in everything))
+    everything = sorted(given.values(), key=attrgetter("did"))
+    known = _files(s, everything, scope_ids, account_id, hashed)
+    if dataset is not None and known:
+        batch = bulk.ids_of(s, "registered", sorted(file.file_id for file in known))
         totals.hold_files(s, batch)
         if not totals.hold_late(s, batch):
             raise _TooLate
-    locks.hold_for_registration(s, _pairs(s, "held", everything, endpoint.id), endpoint.id, dataset_id)
+    covered = _pairs(s, "held", known, endpoint.id) if known else None
+    locks.hold_for_registration(s, covered, endpoint.id, dataset_id)
     _refuse_taken_paths(s, everything, endpoint)
 
     came, waiting = _replicas(s, everything, endpoint.id, endpoint.name)
     if waiting:
         _verifications(s, waiting, endpoint.id, endpoint.site_id)
         s.wake.add(f"site.{endpoint.site}")
-    if came:
+    if came := [file for file in came if not file.new]:
         # Before the files are put into the dataset: its rules then count them once, as available, when they come in.
         locks.replicas_became_available(s, _pairs(s, "came", came, endpoint.id))
     attached = 0
     if dataset_id is not None:
-        attached = dids.attach_ids(s, dataset_id, [file.file_id for file in everything])
+        attached = dids.attach_ids(s, dataset_id, DidKind.DATASET, [file.file_id for file in everything])
         if attached:
             outbox.record(s, "did.attached", dataset_id, account_id, did=str(dataset), attached=attached)
+    new = len(everything) - len(known)
     return wire.Registered(files=len(everything), new=new, attached=attached, to_verify=len(waiting))
 
 
@@ -203,7 +208,7 @@ def _read(registration: wire.Registration, layout: str) -> dict[Did, _Given]:
     for replica in registration.replicas:
         did = Did.parse(replica.did)
         try:
-            checksums = Checksums.of(replica.checksums)
+            checksums = packed(replica.checksums)
             if replica.checksums.keys().isdisjoint(SUFFICIENT):
                 raise Invalid("no checksum to verify it by is given", hint="give one of xxh3_128, sha256, md5, adler32")
             path = None if replica.path is None else check_path(replica.path)
@@ -212,7 +217,7 @@ def _read(registration: wire.Registration, layout: str) -> dict[Did, _Given]:
         if path is not None and path == path_for(did, layout):
             path = None
         file = _Given(did, replica.size, checksums, path)
-        if given.setdefault(did, file) != file:
+        if (before := given.setdefault(did, file)) is not file and before != file:
             raise Invalid(f"{did} is given twice, with different values", hint="give it once", field="replicas")
     paths: dict[str, Did] = {}
     for did, file in given.items():
@@ -248,46 +253,48 @@ def _open_dataset(s: Session, dataset: Did, scope_ids: dict[str, int], account_i
     return dataset_id
 
 
-def _files(s: Session, given: Sequence[_Given], scope_ids: dict[str, int], account_id: int, hashed: bool) -> int:
-    """Give every file its id and say whether it is proven; returns how many are new.
+def _files(
+    s: Session, given: Sequence[_Given], scope_ids: dict[str, int], account_id: int, hashed: bool
+) -> list[_Given]:
+    """Give every file its id and say whether it is new, and proven; returns those that are not new.
 
     `given` is sorted by scope and name: two registrations of the same new names wait for each other in one order.
     """
-    known = _known(s, given, scope_ids)
-    _refuse_other_content(given, known)
-    fresh = [file for file in given if file.did not in known]
-    mine: set[Did] = set()
-    if fresh:
-        mine = _make(s, fresh, scope_ids, account_id)
-        if late := [file for file in fresh if file.did not in mine]:
-            # Somebody else made these since we looked, and has committed: for us they were there before.
-            met = _known(s, late, scope_ids)
-            _refuse_other_content(late, met)
-            known |= met
+    _make(s, given, scope_ids, account_id)
+    there = [file for file in given if not file.new]
+    known = _known(s, there, scope_ids) if there else {}
+    _refuse_other_content(there, known)
+    learned = []
     for file in given:
-        if file.did in mine:
-            file.proven = hashed
-        else:
+        file.proven = hashed
+        if not file.new:
             before = known[file.did]
             file.file_id = before.id
-            file.proven = hashed and before.checksums.compare(file.checksums) is Agreement.AGREE
-    if learned := [
-        file
-        for file in given
-        if file.proven and file.did in known and len(file.checksums.items) > _common(file, known[file.did])
-    ]:
+            common, more = _compared(file.checksums, before.checksums)
+            file.proven = hashed and common
+            if file.proven and more:
+                learned.append(file)
+    if learned:
         _learn(s, learned)
-    return len(mine)
+    return there
 
 
-def _common(file: _Given, known: _Known) -> int:
-    return len(file.checksums.as_dict().keys() & known.checksums.as_dict().keys())
+def _compared(given: Packed, known: Packed) -> tuple[bool, bool]:
+    """Whether any checksum is in both, and whether any is not known. None of them differs."""
+    both = list(zip(given, known, strict=True))
+    common = any(mine is not None and theirs is not None for mine, theirs in both)
+    return common, any(mine is not None and theirs is None for mine, theirs in both)
+
+
+def _named(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> sa.FromClause:
+    """`(ord, scope_id, name)`; `ord` is the place in `given`."""
+    columns: bulk.Columns = {"ord": sa.Integer(), "scope_id": sa.BigInteger(), "name": sa.String()}
+    values = [range(len(given)), [scope_ids[file.did.scope] for file in given], [file.did.name for file in given]]
+    return bulk.columns_of(s, "names", columns, values)
 
 
 def _known(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> dict[Did, _Known]:
-    columns: bulk.Columns = {"ord": sa.Integer(), "scope_id": sa.BigInteger(), "name": sa.String()}
-    rows = [(i, scope_ids[file.did.scope], file.did.name) for i, file in enumerate(given)]
-    names = bulk.rows_of(s, "names", columns, rows)
+    names = _named(s, given, scope_ids)
     query = (
         sa.select(names.c.ord, tables.dids.c.id, tables.dids.c.kind, tables.dids.c.deleted_at, files)
         .select_from(names)
@@ -300,11 +307,9 @@ def _known(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> di
     return {given[row.ord].did: _Known(int(row.id), row.kind, row.size_bytes, _checksums(row)) for row in met}
 
 
-def _make(s: Session, fresh: Sequence[_Given], scope_ids: dict[str, int], account_id: int) -> set[Did]:
-    """Insert those that still do not exist; returns them."""
-    columns: bulk.Columns = {"ord": sa.Integer(), "scope_id": sa.BigInteger(), "name": sa.String()}
-    rows = [(i, scope_ids[file.did.scope], file.did.name) for i, file in enumerate(fresh)]
-    names = bulk.rows_of(s, "names", columns, rows)
+def _make(s: Session, given: Sequence[_Given], scope_ids: dict[str, int], account_id: int) -> None:
+    """Insert those that do not exist, and note which they are. What others are inserting is waited for."""
+    names = _named(s, given, scope_ids)
     values = sa.select(
         names.c.scope_id,
         names.c.name,
@@ -320,21 +325,21 @@ def _make(s: Session, fresh: Sequence[_Given], scope_ids: dict[str, int], accoun
         .on_conflict_do_nothing()
         .returning(tables.dids.c.id, tables.dids.c.scope_id, tables.dids.c.name)
     )
-    by_key = {(scope_ids[file.did.scope], file.did.name): file for file in fresh}
+    by_key = {(scope_ids[file.did.scope], file.did.name): file for file in given}
     mine = []
     for id_, scope_id, name in s.execute(made).all():
         file = by_key[scope_id, name]
         file.file_id = id_
+        file.new = True
         mine.append(file)
     if mine:
-        batch = bulk.rows_of(
-            s,
-            "contents_of",
-            {"did_id": sa.BigInteger(), "size_bytes": sa.BigInteger(), **_CHECKSUM_COLUMNS},
-            [(file.file_id, file.size, *_bytes(file.checksums)) for file in mine],
-        )
-        s.execute(sa.insert(files).from_select([column.name for column in batch.c], sa.select(batch)))
-    return {file.did for file in mine}
+        values_of = dict(zip(DIGITS, zip(*(file.checksums for file in mine), strict=True), strict=True))
+        # What is known of none is left out: most files have one or two of the five checksums.
+        told = {algorithm: found for algorithm, found in values_of.items() if any(found)}
+        columns = {"did_id": sa.BigInteger(), "size_bytes": sa.BigInteger()} | dict.fromkeys(told, sa.LargeBinary())
+        ids_and_sizes = [[file.file_id for file in mine], [file.size for file in mine]]
+        batch = bulk.columns_of(s, "contents_of", columns, [*ids_and_sizes, *told.values()])
+        s.execute(sa.insert(files).from_select([*columns], sa.select(batch)))
 
 
 def _refuse_other_content(given: Sequence[_Given], known: dict[Did, _Known]) -> None:
@@ -356,11 +361,9 @@ def _refuse_other_content(given: Sequence[_Given], known: dict[Did, _Known]) -> 
         if before.size != file.size:
             items.append({"did": str(file.did), "field": "size", "known": before.size, "given": file.size})
             continue
-        mine = file.checksums.as_dict()
-        for checksum in before.checksums:
-            value = mine.get(checksum.algorithm, checksum.value)
-            if value != checksum.value:
-                differs = {"field": checksum.algorithm, "known": checksum.value, "given": value}
+        for algorithm, theirs, mine in zip(DIGITS, before.checksums, file.checksums, strict=True):
+            if theirs is not None and mine is not None and mine != theirs:
+                differs = {"field": algorithm, "known": theirs.hex(), "given": mine.hex()}
                 items.append({"did": str(file.did), **differs})
                 break
     if items:
@@ -387,7 +390,7 @@ def _learn(s: Session, learned: list[_Given]) -> None:
     }
     _refuse_other_content(learned, now)
     columns: bulk.Columns = {"did_id": sa.BigInteger(), **_CHECKSUM_COLUMNS}
-    batch = bulk.rows_of(s, "learned", columns, [(file.file_id, *_bytes(file.checksums)) for file in learned])
+    batch = bulk.rows_of(s, "learned", columns, [(file.file_id, *file.checksums) for file in learned])
     values = {algorithm: sa.func.coalesce(files.c[algorithm], batch.c[algorithm]) for algorithm in DIGITS}
     s.execute(sa.update(files).where(files.c.did_id == batch.c.did_id).values(values))
 
@@ -399,6 +402,9 @@ def _refuse_taken_paths(s: Session, given: Sequence[_Given], endpoint: sa.Row[An
     """AlreadyExists where another file has the path already: deleting one of the two would take the bytes of both."""
     # Where every path is the layout's, and the layout gives no path twice, there is nothing to look for.
     odd = any(file.path is not None for file in given) or _has_own_paths(s, endpoint.id)
+    of_scopes = {file.did.scope: file.did for file in given}
+    if not odd and all(is_injective(did, endpoint.layout) for did in of_scopes.values()):
+        return
     by_path: dict[str, Did] = {}
     rows: list[tuple[str, str | None, str | None]] = []
     for file in given:
@@ -458,39 +464,51 @@ def _replicas(
     s: Session, given: Sequence[_Given], endpoint_id: int, endpoint: str
 ) -> tuple[list[_Given], list[_Given]]:
     """Enter the replicas. Returns those that became available by it, and those to be verified in place."""
-    by_id = {file.file_id: file for file in sorted(given, key=lambda file: file.file_id)}
+    entered = [file for file in given if file.new]
+    if entered:
+        s.execute(_insert_replicas(s, entered, endpoint_id, sa.literal(1)))
+    known = {file.file_id: file for file in given if not file.new}
+    if known:
+        made = _insert_replicas(s, list(known.values()), endpoint_id)
+        made = made.on_conflict_do_nothing(index_elements=["file_id", "endpoint_id"]).returning(replicas.c.file_id)
+        entered += [known.pop(id_) for id_ in s.execute(made).scalars().all()]
+    if entered:
+        _take_space(s, endpoint_id, sum(file.size for file in entered))
+    came = [file for file in entered if file.proven]
+    waiting = [file for file in entered if not file.proven]
+    if known:
+        came_too, waiting_too = _those_there(s, [known[id_] for id_ in sorted(known)], endpoint_id, endpoint)
+        came += came_too
+        waiting += waiting_too
+    return came, waiting
+
+
+def _insert_replicas(
+    s: Session, given: Sequence[_Given], endpoint_id: int, generation: sa.ColumnElement[int] | None = None
+) -> Any:
+    """`generation`: where it is known, because there cannot have been any replica."""
+    rows = sorted(given, key=attrgetter("file_id"))
+    placed = [(file.file_id, file.proven, file.path) for file in rows]
     columns: bulk.Columns = {"file_id": sa.BigInteger(), "proven": sa.Boolean(), "path": sa.String()}
-    batch = bulk.rows_of(s, "placed", columns, [(id_, file.proven, file.path) for id_, file in by_id.items()])
+    batch = bulk.rows_of(s, "placed", columns, placed)
+    there = sa.literal(endpoint_id, sa.BigInteger())
 
     def if_proven(yes: object, no: object, column: sa.Column[Any]) -> sa.ColumnElement[Any]:
         return sa.case((batch.c.proven, sa.literal(yes, column.type)), else_=sa.literal(no, column.type))
 
-    values = {
+    if generation is None:
+        generation = revival.next_generation(batch.c.file_id, there)
+    made = {
         "file_id": batch.c.file_id,
-        "endpoint_id": sa.literal(endpoint_id, sa.BigInteger()),
+        "endpoint_id": there,
         "state": if_proven(ReplicaState.AVAILABLE, ReplicaState.COPYING, replicas.c.state),
         "evidence": if_proven(Evidence.HASHED, Evidence.DECLARED, replicas.c.evidence),
         "verified_at": if_proven(s.now, None, replicas.c.verified_at),
         "path": batch.c.path,
-        "generation": revival.next_generation(batch.c.file_id, sa.literal(endpoint_id, sa.BigInteger())),
+        "generation": generation,
     }
-    made = (
-        bulk.insert(s, replicas)
-        .from_select([*values], sa.select(*values.values()).where(sa.true()).order_by(batch.c.file_id))
-        .on_conflict_do_nothing(index_elements=["file_id", "endpoint_id"])
-        .returning(replicas.c.file_id)
-    )
-    new = [by_id[id_] for id_ in s.execute(made).scalars()]
-    if new:
-        _take_space(s, endpoint_id, sum(file.size for file in new))
-    came = [file for file in new if file.proven]
-    waiting = [file for file in new if not file.proven]
-    there = by_id.keys() - {file.file_id for file in new}
-    if there:
-        came_too, waiting_too = _those_there(s, [by_id[id_] for id_ in sorted(there)], endpoint_id, endpoint)
-        came += came_too
-        waiting += waiting_too
-    return came, waiting
+    query = sa.select(*made.values()).where(sa.true()).order_by(batch.c.file_id)
+    return bulk.insert(s, replicas).from_select([*made], query)
 
 
 def _those_there(
@@ -579,14 +597,9 @@ def _refuse(error: type[ReplicaError], items: list[dict[str, object]], message: 
 # --- values in and out ----------------------------------------------------------------------------------------------
 
 
-def _bytes(checksums: Checksums) -> tuple[bytes | None, ...]:
-    values = checksums.as_dict()
-    return tuple(bytes.fromhex(values[a]) if a in values else None for a in DIGITS)
-
-
-def _checksums(row: sa.Row[Any]) -> Checksums:
+def _checksums(row: sa.Row[Any]) -> Packed:
     values = row._mapping
-    return Checksums.of({a: values[a].hex() for a in DIGITS if values[a] is not None})
+    return tuple(values[algorithm] for algorithm in DIGITS)
 
 
 def _files_of(s: Session, did: Did) -> sa.Select[Any]:

@@ -37,15 +37,17 @@ def look_soon(s: Session, rule_ids: Collection[int]) -> None:
     s.wake.add("evaluation")
 
 
-def settle(s: Session, rule_ids: Collection[int], *, evaluated: bool = False) -> None:
+def settle(s: Session, rule_ids: Collection[int], *, evaluated: bool = False, held: bool = False) -> None:
     """Set the states of these rules by what is true now. At most five statements.
 
-    `evaluated`: they were just looked at, so a look that was due is done; else it stays due.
+    `evaluated`: they were just looked at, so a look that was due is done; else it stays due. `held`: the caller has
+    held them since before anything changed below them.
     """
     if not rule_ids:
         return
     # What others changed below these rules is seen, or they see ours: whoever comes last settles for both.
-    guards.change_rules(s, sorted(rule_ids))
+    if not held:
+        guards.change_rules(s, sorted(rule_ids))
     changes: list[tuple[int, int, datetime | None]] = []
     satisfied: list[int] = []
     for row in s.execute(_facts(rule_ids)).all():

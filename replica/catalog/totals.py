@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica.catalog import guards
-from replica.catalog.bulk import ids_of, rows_of
+from replica.catalog.bulk import columns_of, ids_of
 from replica.catalog.membership import Computed, Unguessed, literal
 from replica.db.engine import Session
 from replica.db.tables import contents, dids, files, locks, rules, scopes
@@ -23,12 +23,25 @@ from rules.names import Did
 from rules.states import DidKind
 
 
+def hold_parent(s: Session, parent_id: int, file_ids: Sequence[int] = ()) -> sa.Row[Any]:
+    """Before files are put into the parent: it, and the datasets that will be marked as sharing a file with it, in one
+    order. Nobody who holds one of them waits for another. Returns what the parent is now: `open`, `deleted_at`."""
+    query = sa.select(dids.c.id, dids.c.open, dids.c.deleted_at)
+    if not s.postgresql or not file_ids:
+        mine = query.where(dids.c.id == parent_id)
+        return s.execute(mine.with_for_update(key_share=True)).one()
+    own = sa.select(sa.literal(parent_id, sa.BigInteger()))
+    concerned = sa.union(own, datasets_of(ids_of(s, "to_attach", file_ids)))
+    held = query.where(dids.c.id.in_(concerned)).order_by(dids.c.kind.desc(), dids.c.id)
+    return next(row for row in s.execute(held.with_for_update(key_share=True)).all() if row.id == parent_id)
+
+
 def hold_datasets(s: Session, parent: Did, children: Collection[Did]) -> None:
-    """Before children are put into the parent: it, if it is a dataset, and the datasets that will be marked as sharing
-    a file with it, in one order. Nobody who holds one of them waits for another."""
+    """The same before it is known which of them exist."""
     if not s.postgresql:
         return
-    names = rows_of(s, "to_attach", {"scope": sa.String(), "name": sa.String()}, [(d.scope, d.name) for d in children])
+    columns = {"scope": sa.String(), "name": sa.String()}
+    names = columns_of(s, "to_attach", columns, [[did.scope for did in children], [did.name for did in children]])
     child = dids.alias("child")
     known = (
         sa.select(child.c.id)
@@ -57,19 +70,16 @@ def datasets_of(batch: sa.FromClause) -> sa.Select[Any]:
     )
 
 
+def held_files(batch: sa.FromClause) -> sa.Subquery:
+    """`(id, deleted_at)` of these files, `(id)`, which are about to be put into a dataset. Two who put one file into
+    two datasets at once would both not see that it is shared; so the second waits."""
+    rows = sa.select(dids.c.id, dids.c.deleted_at).select_from(batch).join(dids, dids.c.id == batch.c.id)
+    return rows.order_by(dids.c.id).with_for_update(of=dids, key_share=True).subquery("held_files")
+
+
 def hold_files(s: Session, batch: sa.FromClause) -> None:
-    """These, `(id)`, are about to be put into a dataset. Two who put one file into two datasets at once would both not
-    see that it is shared; so the second waits."""
     if s.postgresql:
-        rows = (
-            sa.select(dids.c.id)
-            .select_from(batch)
-            .join(dids, dids.c.id == batch.c.id)
-            .order_by(dids.c.id)
-            .with_for_update(of=dids, key_share=True)
-            .subquery()
-        )
-        s.execute(sa.select(sa.func.count()).select_from(rows)).scalar_one()
+        s.execute(sa.select(sa.func.count()).select_from(held_files(batch))).scalar_one()
 
 
 def hold_late(s: Session, batch: sa.FromClause) -> bool:
@@ -84,8 +94,9 @@ def hold_late(s: Session, batch: sa.FromClause) -> bool:
     return late <= set(s.execute(query.with_for_update(skip_locked=True, key_share=True)).scalars())
 
 
-def joined(s: Session, dataset_id: int, batch: sa.FromClause, count: int) -> None:
-    """So many files, `(id)`, are new in the dataset, which the caller holds."""
+def joined(s: Session, dataset_id: int, batch: sa.FromClause, count: int) -> bool:
+    """So many files, `(id)`, are new in the dataset, which the caller holds with them. Returns whether it may share
+    some of its files with other units."""
     other = contents.alias("other")
     elsewhere = sa.exists(
         sa.select(1)
@@ -100,9 +111,11 @@ def joined(s: Session, dataset_id: int, batch: sa.FromClause, count: int) -> Non
     shared = sa.case((anywhere, sa.true()), else_=sa.false())
     size = sa.select(sa.func.coalesce(sa.func.sum(files.c.size_bytes), 0))
     bytes_ = size.select_from(batch).join(files, files.c.did_id == batch.c.id).scalar_subquery()
-    if _count(s, dataset_id, count, bytes_, shared=shared):
+    now_shared = _count(s, dataset_id, count, bytes_, shared=shared)
+    if now_shared:
         parents = sa.select(contents.c.parent_id).join(batch, batch.c.id == contents.c.child_id)
         s.execute(dids.update().where(dids.c.id.in_(parents), dids.c.shared.is_(False)).values(shared=True))
+    return now_shared
 
 
 def left(s: Session, dataset_id: int, file_ids: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ shared (replica.catalog.locks).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -113,6 +113,12 @@ def _mark_shared(s: Session, unit_ids: sa.Select[Any]) -> None:
 def files_joined(s: Session, dataset_id: int, batch: sa.FromClause) -> None:
     """These files, `(id)`, are new in the dataset: who has locks on it, of rules that have ended too, holds them."""
     _content_changed(s, dataset_id, batch, 1)
+
+
+def unshared_joined(s: Session, holders: Collection[tuple[int, int]], count: int, size_bytes: int) -> None:
+    """The same of a dataset that shares no file: `holders` are the accounts that have locks on it, and where."""
+    for account_id, endpoint_id in sorted(holders):
+        _book(s, account_id, endpoint_id, count, size_bytes)
 
 
 def files_left(s: Session, dataset_id: int, batch: sa.FromClause) -> None:
