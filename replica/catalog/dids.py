@@ -311,6 +311,8 @@ def attach_ids(s: Session, parent_id: int, parent_kind: DidKind, child_ids: Coll
         rows = sa.select(sa.literal(parent_id, sa.BigInteger), held.c.id).where(held.c.deleted_at.is_(None))
     made = bulk.insert(s, tables.contents).from_select(["parent_id", "child_id"], rows).on_conflict_do_nothing()
     new = s.execute(made.returning(tables.contents.c.child_id)).scalars().all()
+    if parent_kind is DidKind.CONTAINER:
+        guards.keep_collections(s, new, nested=True)
     if s.postgresql and (len(new) < len(child_ids) or parent_kind is DidKind.CONTAINER):
         _refuse_deleted(s, given)
     if new:
@@ -320,7 +322,7 @@ def attach_ids(s: Session, parent_id: int, parent_kind: DidKind, child_ids: Coll
 
 
 def _refuse_deleted(s: Session, batch: sa.FromClause) -> None:
-    """Conflict when one of these children was deleted after it was looked up; from here on none is."""
+    """Conflict when one of these children, which the caller holds, was deleted after it was looked up."""
     gone = sa.select(1).select_from(batch).join(dids, dids.c.id == batch.c.id)
     if s.execute(gone.where(Unguessed(dids.c.deleted_at.is_not(None))).limit(1)).scalar() is not None:
         raise Conflict("one of these was deleted at this moment", hint="repeat the request")

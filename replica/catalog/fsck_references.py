@@ -19,10 +19,10 @@ def _dangling(column: sa.Column[int]) -> str:
     [reference] = column.foreign_keys
     table, target = column.table.name, reference.column.table.name
     return f"""
-        SELECT '{table}.{column.name}' AS place, x.number
-        FROM (SELECT DISTINCT {column.name} AS number FROM {table} WHERE {column.name} IS NOT NULL) x
-        LEFT JOIN {target} t ON t.{reference.column.name} = x.number
-        WHERE t.{reference.column.name} IS NULL"""
+        SELECT DISTINCT '{table}.{column.name}' AS place, x.{column.name} AS number
+        FROM {table} x
+        LEFT JOIN {target} t ON t.{reference.column.name} = x.{column.name}
+        WHERE x.{column.name} IS NOT NULL AND t.{reference.column.name} IS NULL"""
 
 
 INVARIANTS = (

@@ -70,12 +70,8 @@ _MAY_HAVE_LOCKS = sa.or_(
 def content_attached(
     s: Session, parent_id: int, parent_kind: DidKind, child_ids: Sequence[int], batch: sa.FromClause
 ) -> None:
-    """These children, `batch` (id), are new in the parent. The caller holds it, and if they are files them as well."""
-    shared = True
-    if parent_kind is DidKind.DATASET:
-        shared = totals.joined(s, parent_id, batch, len(child_ids))
-    else:
-        guards.keep_collections(s, child_ids, nested=True)
+    """These children, `batch` (id), are new in the parent. The caller holds it and them."""
+    shared = parent_kind is DidKind.DATASET and totals.joined(s, parent_id, batch, len(child_ids))
     above = _rules_above(s, parent_id)
     if not above:
         return

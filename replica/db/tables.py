@@ -647,11 +647,12 @@ idempotency_keys = Table(
     Column("created_at", Instant, nullable=False, index=True),
 )
 
-#: What millions of rows refer to and nobody ever removes: the few rows of the smallest tables, and a dataset, which
-#: whoever puts files into it holds. PostgreSQL would look each of them up again with every row, for a third of the
-#: time of an insert; `replica fsck` looks instead.
+#: What millions of rows refer to and nobody ever removes: the few rows of the smallest tables, and DIDs and files, of
+#: which whoever puts one into another holds both. PostgreSQL would look each of them up again with every row, for a
+#: third of the time of an insert; `replica fsck` looks instead.
 UNCHECKED = (
     *(dids.c.scope_id, dids.c.account_id, contents.c.parent_id, replicas.c.endpoint_id),
+    *(files.c.did_id, contents.c.child_id, replicas.c.file_id, transfers.c.file_id),
     *(transfers.c.target_id, transfers.c.site_id, transfers.c.source_id),
     *(deletions.c.endpoint_id, deletions.c.site_id, deletions.c.account_id),
 )
