@@ -273,7 +273,7 @@ def _hold_for_attaching(
     guards.one_at_a_time(s, "containers")
     joining = bulk.ids_of(s, "joining_files", sorted({id_ for id_, kind in below if kind is DidKind.FILE}))
     those = sa.select(bulk.ids_of(s, "parents", parent_ids).c.id)
-    guards.change_collections(s, sa.union(those, totals.datasets_of(joining)))
+    guards.change_collections(s, sa.union(those, totals.datasets_of(s, joining)))
     guards.keep_collections(s, [id_ for id_, kind in below if kind is not DidKind.FILE], nested=True)
     totals.hold_files(s, joining)
     above = membership.ancestors(s, parent_ids)
@@ -307,8 +307,9 @@ def attach_ids(s: Session, parent_id: int, parent_kind: DidKind, child_ids: Coll
     given = bulk.ids_of(s, "children", sorted(child_ids))
     rows = sa.select(sa.literal(parent_id, sa.BigInteger), given.c.id).where(sa.true()).order_by(given.c.id)
     if parent_kind is DidKind.DATASET and s.postgresql:
-        held = totals.held_files(given)
-        rows = sa.select(sa.literal(parent_id, sa.BigInteger), held.c.id).where(held.c.deleted_at.is_(None))
+        held, walk = totals.held_files(s, given)
+        those = sa.select(sa.literal(parent_id, sa.BigInteger), held.c.id).select_from(walk)
+        rows = those.where(held.c.deleted_at.is_(None))
     made = bulk.insert(s, tables.contents).from_select(["parent_id", "child_id"], rows).on_conflict_do_nothing()
     new = s.execute(made.returning(tables.contents.c.child_id)).scalars().all()
     if parent_kind is DidKind.CONTAINER:
@@ -413,15 +414,15 @@ def _find(s: Session, names: Sequence[Did], *, deleted: bool = False) -> Iterato
     columns: bulk.Columns = {"place": sa.Integer(), "scope": sa.String(), "name": sa.String()}
     values = [range(len(names)), [did.scope for did in names], [did.name for did in names]]
     given = bulk.columns_of(s, "given_dids", columns, values)
-    query = (
-        # Bare numbers: thousands have no time for a converter each.
-        sa.select(given.c.place, dids.c.id, sa.type_coerce(dids.c.kind, sa.SmallInteger))
-        .select_from(given)
-        .join(tables.scopes, tables.scopes.c.name == given.c.scope)
-        .join(dids, sa.and_(dids.c.scope_id == tables.scopes.c.id, dids.c.name == given.c.name))
-    )
-    if not deleted:
-        query = query.where(dids.c.deleted_at.is_(None))
+    # Bare numbers: thousands have no time for a converter each.
+    columns_ = dids.c.id, sa.type_coerce(dids.c.kind, sa.SmallInteger).label("kind")
+    of_name = sa.and_(dids.c.scope_id == tables.scopes.c.id, dids.c.name == given.c.name)
+    found = sa.select(*columns_).where(of_name, sa.true() if deleted else dids.c.deleted_at.is_(None))
+    walk = given.join(tables.scopes, tables.scopes.c.name == given.c.scope)
+    query = sa.select(given.c.place, *found.selected_columns).select_from(walk.join(dids, found.whereclause))
+    if s.postgresql:  # one name after the other, however few DIDs it thinks there are
+        each = found.offset(0).lateral("each")
+        query = sa.select(given.c.place, each.c.id, each.c.kind).select_from(walk.join(each, sa.true()))
     kinds = {kind.value: kind for kind in DidKind}
     return ((place, id_, kinds[kind]) for place, id_, kind in s.execute(query).all())
 

@@ -31,6 +31,7 @@ from replica.catalog.membership import (
     files_of,
     is_covered,
     literal,
+    looked_up,
     of_pair,
     replicas_of,
     units,
@@ -258,13 +259,9 @@ def _at(s: Session, name: str, batch: sa.FromClause, there: Sequence[tuple[Any, 
     """What provision takes: each of these files at each of these endpoints."""
     columns = {"endpoint_id": sa.BigInteger(), "rule_id": sa.BigInteger(), "priority": sa.SmallInteger()}
     at = rows_of(s, name, {**columns, "activity": sa.String()}, [row[:4] for row in there])
-    return (
-        sa.select(files.c.did_id.label("file_id"), files.c.size_bytes, *at.c)
-        .select_from(batch)
-        .join(files, files.c.did_id == batch.c.id)
-        .join(at, sa.true())
-        .subquery(f"files_{name}")
-    )
+    sizes = sa.select(files.c.did_id.label("file_id"), files.c.size_bytes)
+    sized, walk = looked_up(s, batch, files.c.did_id, sizes, "sized")
+    return sa.select(*sized.c, *at.c).select_from(walk.join(at, sa.true())).subquery(f"files_{name}")
 
 
 def _hold_every_endpoint(s: Session) -> None:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from replica.catalog import guards
 from replica.catalog.bulk import columns_of, ids_of
-from replica.catalog.membership import Computed, Unguessed, literal
+from replica.catalog.membership import Unguessed, literal, looked_up
 from replica.db.engine import Session
 from replica.db.tables import contents, dids, files, locks, rules, scopes
 from rules.names import Did
@@ -30,9 +30,10 @@ def hold_parent(s: Session, parent_id: int, file_ids: Sequence[int] = ()) -> sa.
     if not s.postgresql or not file_ids:
         mine = query.where(dids.c.id == parent_id)
         return s.execute(mine.with_for_update(key_share=True)).one()
-    own = sa.select(sa.literal(parent_id, sa.BigInteger()))
-    concerned = sa.union(own, datasets_of(ids_of(s, "to_attach", file_ids)))
-    held = query.where(dids.c.id.in_(concerned)).order_by(dids.c.kind.desc(), dids.c.id)
+    own = sa.select(sa.literal(parent_id, sa.BigInteger()).label("id"))
+    concerned = sa.union(own, datasets_of(s, ids_of(s, "to_attach", file_ids)))
+    few = sa.func.array(concerned.scalar_subquery())
+    held = query.where(dids.c.id == sa.any_(few)).order_by(dids.c.kind.desc(), dids.c.id)
     return next(row for row in s.execute(held.with_for_update(key_share=True)).all() if row.id == parent_id)
 
 
@@ -55,31 +56,31 @@ def hold_datasets(s: Session, parent: Did, children: Collection[Did]) -> None:
         .join_from(dids, scopes, scopes.c.id == dids.c.scope_id)
         .where(scopes.c.name == parent.scope, dids.c.name == parent.name, dids.c.kind == literal(DidKind.DATASET))
     )
-    guards.change_collections(s, sa.union(own, datasets_of(known)))
+    guards.change_collections(s, sa.union(own, datasets_of(s, known)))
 
 
-def datasets_of(batch: sa.FromClause) -> sa.Select[Any]:
+def datasets_of(s: Session, batch: sa.FromClause) -> sa.Select[Any]:
     """The datasets that hold some of these files, `(id)`, and that are not known to share any."""
     dataset = dids.alias("other_dataset")
-    return (
-        sa.select(dataset.c.id)
-        .select_from(batch)
-        .join(contents, contents.c.child_id == batch.c.id)
-        .join(dataset, dataset.c.id == Computed(contents.c.parent_id))
-        .where(Unguessed(sa.and_(dataset.c.kind == literal(DidKind.DATASET), sa.not_(dataset.c.shared))))
-    )
+    parents, walk = looked_up(s, batch, contents.c.child_id, sa.select(contents.c.parent_id), "holding")
+    is_alone = sa.and_(dataset.c.kind == literal(DidKind.DATASET), sa.not_(dataset.c.shared))
+    # The offset keeps PostgreSQL from gathering all datasets there are, to ask about a few.
+    alone = sa.select(1).where(dataset.c.id == parents.c.parent_id, is_alone).offset(0)
+    return sa.select(parents.c.parent_id.label("id")).select_from(walk).where(Unguessed(sa.exists(alone)))
 
 
-def held_files(batch: sa.FromClause) -> sa.Subquery:
-    """`(id, deleted_at)` of these files, `(id)`, which are about to be put into a dataset. Two who put one file into
-    two datasets at once would both not see that it is shared; so the second waits."""
-    rows = sa.select(dids.c.id, dids.c.deleted_at).select_from(batch).join(dids, dids.c.id == batch.c.id)
-    return rows.order_by(dids.c.id).with_for_update(of=dids, key_share=True).subquery("held_files")
+def held_files(s: Session, batch: sa.FromClause) -> tuple[sa.FromClause, sa.FromClause]:
+    """`(id, deleted_at)` of these files, `(id)` in order, which are about to be put into a dataset; and what to select
+    them from. Two who put one file into two datasets at once would both not see that it is shared; so the second waits.
+    """
+    rows = sa.select(dids.c.id, dids.c.deleted_at).with_for_update(key_share=True)
+    return looked_up(s, batch, dids.c.id, rows, "held_files")
 
 
 def hold_files(s: Session, batch: sa.FromClause) -> None:
     if s.postgresql:
-        s.execute(sa.select(sa.func.count()).select_from(held_files(batch))).scalar_one()
+        held, walk = held_files(s, batch)
+        s.execute(sa.select(sa.func.count(held.c.id)).select_from(walk)).scalar_one()
 
 
 def hold_late(s: Session, batch: sa.FromClause) -> bool:
@@ -87,7 +88,7 @@ def hold_late(s: Session, batch: sa.FromClause) -> bool:
     them could be held. Without waiting, for which it is too late."""
     if not s.postgresql:
         return True
-    late = set(s.execute(datasets_of(batch).distinct()).scalars())
+    late = set(s.execute(datasets_of(s, batch).distinct()).scalars())
     if not late:
         return True
     query = sa.select(dids.c.id).where(dids.c.id.in_(sorted(late)))
@@ -98,32 +99,35 @@ def joined(s: Session, dataset_id: int, batch: sa.FromClause, count: int) -> boo
     """So many files, `(id)`, are new in the dataset, which the caller holds with them. Returns whether it may share
     some of its files with other units."""
     other = contents.alias("other")
-    elsewhere = sa.exists(
-        sa.select(1)
-        .select_from(batch)
-        .join(other, other.c.child_id == batch.c.id)
-        .where(Computed(other.c.parent_id) != dataset_id)
-    )
-    single = sa.exists(sa.select(1).select_from(batch).join(locks, locks.c.unit_id == batch.c.id))
+    others = sa.select(other.c.parent_id).where(Unguessed(other.c.parent_id != dataset_id))
+    _, elsewhere = looked_up(s, batch, other.c.child_id, others, "elsewhere")
+    _, single = looked_up(s, batch, locks.c.unit_id, sa.select(locks.c.rule_id), "single")
     # A rule that begins later, or waits for approval, will lock the file alone when nobody looks at its datasets.
-    later = sa.exists(sa.select(1).select_from(batch).join(rules, rules.c.did_id == batch.c.id))
-    anywhere = sa.or_(dids.c.shared, elsewhere, single, later)
+    _, later = looked_up(s, batch, rules.c.did_id, sa.select(rules.c.id), "later")
+    units = (sa.exists(sa.select(1).select_from(walk)) for walk in (elsewhere, single, later))
+    anywhere = sa.or_(dids.c.shared, *units)
     shared = sa.case((anywhere, sa.true()), else_=sa.false())
-    size = sa.select(sa.func.coalesce(sa.func.sum(files.c.size_bytes), 0))
-    bytes_ = size.select_from(batch).join(files, files.c.did_id == batch.c.id).scalar_subquery()
+    bytes_ = _bytes(s, batch)
     now_shared = _count(s, dataset_id, count, bytes_, shared=shared)
     if now_shared:
-        parents = sa.select(contents.c.parent_id).join(batch, batch.c.id == contents.c.child_id)
-        s.execute(dids.update().where(dids.c.id.in_(parents), dids.c.shared.is_(False)).values(shared=True))
+        parents, walk = looked_up(s, batch, contents.c.child_id, sa.select(contents.c.parent_id), "parents")
+        s.execute(
+            dids.update()
+            .where(dids.c.id.in_(sa.select(parents.c.parent_id).select_from(walk)), dids.c.shared.is_(False))
+            .values(shared=True)
+        )
     return now_shared
 
 
 def left(s: Session, dataset_id: int, file_ids: Sequence[int]) -> None:
     """These files were in the dataset, which the caller holds."""
     batch = ids_of(s, "leaving", file_ids)
-    size = sa.select(sa.func.coalesce(sa.func.sum(files.c.size_bytes), 0))
-    bytes_ = size.select_from(batch).join(files, files.c.did_id == batch.c.id).scalar_subquery()
-    _count(s, dataset_id, -len(file_ids), -bytes_)
+    _count(s, dataset_id, -len(file_ids), -_bytes(s, batch))
+
+
+def _bytes(s: Session, batch: sa.FromClause) -> sa.ScalarSelect[int]:
+    sizes, walk = looked_up(s, batch, files.c.did_id, sa.select(files.c.size_bytes), "sizes")
+    return sa.select(sa.func.coalesce(sa.func.sum(sizes.c.size_bytes), 0)).select_from(walk).scalar_subquery()
 
 
 def _count(
