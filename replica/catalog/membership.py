@@ -202,6 +202,17 @@ def by_index(s: Session) -> Iterator[None]:
         s.execute(sa.text("SET LOCAL enable_seqscan = on"))
 
 
+def walk_by_index(s: Session) -> None:
+    """From here on in this transaction PostgreSQL goes from each row of a batch to what belongs to it by an index.
+
+    For a thousand rows it would rather read a table of some ten thousand as a whole, once for each statement, and sort
+    it: that costs more than a thousand look-ups, and the more the larger the table is.
+    """
+    if s.postgresql:
+        names = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin")
+        s.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in names)))
+
+
 def literal(state: Any) -> sa.ColumnElement[Any]:
     """A state written into the statement: a bound value would hide from the planner that a partial index fits."""
     return sa.literal_column(str(state.value), sa.SmallInteger())

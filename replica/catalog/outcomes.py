@@ -12,17 +12,17 @@ Partner   rules.transfers decides what follows a failure; replica.catalog.locks 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from replica import wire
 from replica.catalog import guards, locks, outbox, provision, reasons, rule_transfers, traffic
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import Unguessed, any_of, covering, is_wished, literal, of_pair
+from replica.catalog.membership import Unguessed, any_of, covering, is_wished, literal, of_pair, walk_by_index
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
@@ -47,7 +47,6 @@ _NEEDED = tuple(
         "file_id",
         "target_id",
         "site_id",
-        "rule_id",
         "source_id",
         "attempts",
         "worker",
@@ -60,22 +59,20 @@ _NEEDED = tuple(
 _BLAMES = frozenset({SourceMissing.code, ChecksumDiffers.code})
 
 
-@dataclass(slots=True)
-class _Ending:
-    """One outcome, joined with the transfer it is about, and what follows from it."""
+class _Ending(msgspec.Struct, kw_only=True, gc=False):
+    """One outcome, joined with the transfer it is about, and what follows from it. A thousand are made at once."""
 
     id: int
     epoch: int
     file_id: int
     target_id: int
-    rule_id: int | None
     attempts: int
-    worker: str | None
+    attempts_after: int
+    size: int
+    worker: str
     outcome: str
+    source_id: int | None
     state: TransferState = TransferState.QUEUED
-    attempts_after: int = 0
-    source_id: int | None = None
-    size: int = 0
     seconds: float = 0.0
     error: str = ""
     message: str = ""
@@ -85,17 +82,22 @@ class _Ending:
     not_before: datetime | None = None
     reason_code: str | None = None
     reason: str | None = None
-    learned: dict[str, bytes] = field(default_factory=dict)
+    learned: dict[str, bytes] | None = None
 
     @property
     def pair(self) -> tuple[int, int]:
         return self.file_id, self.target_id
+
+    @property
+    def blames(self) -> bool:
+        return self.outcome == "failed" and self.side == "source" and self.error in _BLAMES
 
 
 def report(
     s: Session, site_id: int, report: wire.Report, *, fraction: float, policy: RetryPolicy = DEFAULT_POLICY
 ) -> wire.ReportAnswer:
     """Carry out a batch of outcomes. `fraction` in [0, 1) is the jitter of the pauses before other attempts."""
+    walk_by_index(s)
     said = {outcome.transfer: outcome for outcome in report.outcomes}
     if len(said) < len(report.outcomes):
         raise Invalid("a transfer is reported twice in one batch", hint="report each once", field="outcomes")
@@ -112,11 +114,13 @@ def report(
 
     def carry_out() -> list[_Ending]:
         found = s.execute(current).all()
-        endings = [_ending(row, said[row.id], sources, report.worker) for row in found]
+        endings = [_as_said(row, said[row.id], sources, report.worker[:128]) for row in found]
         if endings:
             _check_content(endings, found, said)
             _decide(s, endings, fraction, policy)
-            _carry_out(s, endings, _hold(s, found, said, sources))
+            blamed = {(e.file_id, e.source_id) for e in endings if e.blames and e.source_id is not None}
+            held = _hold(s, [e.pair for e in endings], blamed, all(e.state is TransferState.DONE for e in endings))
+            _carry_out(s, endings, held)
         return endings
 
     endings = _again_if_it_changed(s, carry_out)
@@ -128,6 +132,7 @@ def report(
 
 def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
     """Give back what workers hold that stopped answering; who lost too many workers already has failed."""
+    walk_by_index(s)
     current = (
         sa.select(*_NEEDED)
         .where(any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.lease_until < s.now)
@@ -139,7 +144,7 @@ def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
         return 0
 
     def carry_out() -> list[_Ending]:
-        held = _hold(s, found, {}, {})
+        held = _hold(s, [(row.file_id, row.target_id) for row in found])
         still = found
         if s.postgresql:
             ids = ids_of(s, "expired", sorted(row.id for row in found))
@@ -159,23 +164,26 @@ def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
     return len(_again_if_it_changed(s, carry_out))
 
 
-def _lost(row: sa.Row[Any], policy: RetryPolicy) -> _Ending:
-    message = f"the worker {row.worker} stopped answering"
-    ending = _Ending(
+def _ending(row: sa.Row[Any], outcome: str, source_id: int | None, worker: str, **said: Any) -> _Ending:
+    return _Ending(
         id=row.id,
         epoch=row.epoch,
         file_id=row.file_id,
         target_id=row.target_id,
-        rule_id=row.rule_id,
         attempts=row.attempts,
-        worker=row.worker,
-        outcome="lost",
         attempts_after=row.attempts,
-        source_id=row.source_id,
-        error="lost",
-        message=message,
-        reason_code="lost",
-        reason=message,
+        size=row.size_bytes,
+        worker=worker,
+        outcome=outcome,
+        source_id=source_id,
+        **said,
+    )
+
+
+def _lost(row: sa.Row[Any], policy: RetryPolicy) -> _Ending:
+    message = f"the worker {row.worker} stopped answering"
+    ending = _ending(
+        row, "lost", row.source_id, row.worker, error="lost", message=message, reason_code="lost", reason=message
     )
     if row.attempts >= policy.attempts_max:
         ending.state = TransferState.FAILED
@@ -210,43 +218,36 @@ def _endpoint_ids(s: Session, names: set[str]) -> dict[str, int]:
     return {row.name: row.id for row in rows}
 
 
-def _hold(s: Session, found: Sequence[sa.Row[Any]], said: dict[int, wire.Outcome], sources: dict[str, int]) -> set[int]:
-    """Hold rules, blamed endpoints and replicas, in this order; returns the rules. SQLite has nothing to hold."""
+def _hold(
+    s: Session,
+    targets: Sequence[tuple[int, int]],
+    blamed: Collection[tuple[int, int]] = (),
+    all_done: bool = False,
+) -> set[int]:
+    """Hold rules, blamed endpoints and replicas, in this order; returns the rules. SQLite has nothing to hold.
+
+    `all_done`: the replicas of all targets are about to change, and are held with that.
+    """
     if not s.postgresql:
         return set()
-    targets = {(row.file_id, row.target_id) for row in found}
-    blamed = {
-        (row.file_id, source_id)
-        for row in found
-        if (o := said.get(row.id)) is not None
-        and _is_blame(o)
-        and (source_id := sources.get(o.source_endpoint or "", row.source_id)) is not None
-    }
-    pairs = rows_of(s, "concerned", PAIR, sorted(targets | blamed))
+    pairs = rows_of(s, "concerned", PAIR, sorted({*targets, *blamed}))
     held = guards.change_rules_covering(s, pairs)
     if blamed:
-        guards.change_endpoints(s, sorted({endpoint_id for _, endpoint_id in blamed} | {e for _, e in targets}))
-    guards.change_replicas(s, pairs)
+        guards.change_endpoints(s, sorted({endpoint_id for _, endpoint_id in {*targets, *blamed}}))
+    if not all_done:
+        guards.change_replicas(s, pairs)
     return held
 
 
-def _is_blame(outcome: wire.Outcome) -> bool:
-    return outcome.outcome == "failed" and outcome.side == "source" and outcome.error in _BLAMES
-
-
-def _ending(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worker: str) -> _Ending:
-    return _Ending(
-        id=row.id,
-        epoch=row.epoch,
-        file_id=row.file_id,
-        target_id=row.target_id,
-        rule_id=row.rule_id,
-        attempts=row.attempts,
-        worker=worker[:128],
-        outcome=said.outcome,
-        attempts_after=row.attempts,
-        source_id=sources.get(said.source_endpoint or "", row.source_id),
-        size=row.size_bytes,
+def _as_said(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worker: str) -> _Ending:
+    source_id = sources.get(said.source_endpoint or "", row.source_id)
+    if said.outcome == "done" and not said.error and not said.message:
+        return _ending(row, "done", source_id, worker, seconds=said.seconds)
+    return _ending(
+        row,
+        said.outcome,
+        source_id,
+        worker,
         seconds=said.seconds,
         error=said.error[:40],
         message=said.message,
@@ -379,7 +380,6 @@ def _keep_attempts(s: Session, endings: list[_Ending]) -> None:
         "message": sa.String(),
         "bytes": sa.BigInteger(),
         "seconds": sa.Float(),
-        "at": Instant(),
     }
     rows = [
         (
@@ -393,26 +393,33 @@ def _keep_attempts(s: Session, endings: list[_Ending]) -> None:
             e.message[:4_000],
             e.size if e.state is TransferState.DONE else 0,
             e.seconds,
-            s.now,
         )
         for e in endings
     ]
     batch = rows_of(s, "attempts", columns, rows)
-    s.execute(attempts.insert().from_select(list(columns), sa.select(batch)))
+    s.execute(attempts.insert().from_select([*columns, "at"], sa.select(batch, sa.literal(s.now, Instant()))))
 
 
 def _make_available(s: Session, done: list[_Ending]) -> sa.FromClause:
     """The replicas that became available by it: all of them, unless somebody registered one meanwhile."""
     batch = rows_of(s, "done", PAIR, sorted(ending.pair for ending in done))
+    missing = Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE))
+    these = (
+        sa.select(replicas.c.file_id, replicas.c.endpoint_id)
+        .select_from(batch)
+        .join(replicas, of_pair(batch))
+        .where(missing)
+        .order_by(replicas.c.file_id, replicas.c.endpoint_id)
+    )
+    mine = (these.with_for_update(of=replicas, key_share=True) if s.postgresql else these).subquery("mine")
     changed = s.execute(
         replicas.update()
-        .where(
-            of_pair(batch),
-            Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)),
-        )
+        .where(of_pair(mine))
         .values(state=ReplicaState.AVAILABLE, evidence=Evidence.COPIED, verified_at=s.now)
         .returning(replicas.c.file_id, replicas.c.endpoint_id)
     ).all()
+    if len(changed) == len(done):
+        return batch
     return rows_of(s, "came", PAIR, [(row.file_id, row.endpoint_id) for row in changed])
 
 
@@ -422,7 +429,7 @@ def _learn(s: Session, done: list[_Ending]) -> None:
     From nobody else: who copies a file could agree in the checksum that is known and invent another, and every right
     copy after that would be taken for wrong.
     """
-    news = {ending.pair: ending.learned for ending in done if ending.learned}
+    news = {ending.pair: ending.learned for ending in done if ending.learned is not None}
     if not news:
         return
     columns: Columns = {**PAIR, **{a: sa.LargeBinary() for a in DIGITS}}
@@ -443,26 +450,12 @@ def _end_transfers(s: Session, endings: list[_Ending]) -> None:
         "state": sa.SmallInteger(),
         "attempts": sa.Integer(),
         "source_id": sa.BigInteger(),
-        "bytes_done": sa.BigInteger(),
         "not_before": Instant(),
         "reason_code": sa.String(),
         "reason": sa.String(),
-        "finished_at": Instant(),
     }
-    terminal = (TransferState.DONE, TransferState.FAILED)
     rows = [
-        (
-            e.id,
-            e.epoch,
-            e.state.value,
-            e.attempts_after,
-            e.source_id,
-            e.size if e.state is TransferState.DONE else 0,
-            e.not_before,
-            e.reason_code,
-            e.reason,
-            s.now if e.state in terminal else None,
-        )
+        (e.id, e.epoch, e.state.value, e.attempts_after, e.source_id, e.not_before, e.reason_code, e.reason)
         for e in endings
     ]
     batch = rows_of(s, "endings", columns, rows)
@@ -477,11 +470,20 @@ def _end_transfers(s: Session, endings: list[_Ending]) -> None:
     ended = s.execute(
         transfers.update()
         .where(transfers.c.id == mine.c.id)
-        .values({name: mine.c[name] for name in columns if name not in ("id", "epoch")} | {"lease_until": None})
+        .values(
+            {name: mine.c[name] for name in columns if name not in ("id", "epoch")}
+            | {
+                "bytes_done": sa.case((mine.c.state == literal(TransferState.DONE), transfers.c.size_bytes), else_=0),
+                "finished_at": sa.case(
+                    (any_of(mine.c.state, (TransferState.DONE, TransferState.FAILED)), sa.literal(s.now, Instant()))
+                ),
+                "lease_until": None,
+            }
+        )
     )
     if ended.rowcount < len(endings):
         raise _ItChanged
-    outbox.record_ends(s, [(e.id, e.state) for e in endings if e.state in terminal])
+    outbox.record_ends(s, [(e.id, e.state) for e in endings if e.state is not TransferState.QUEUED])
 
 
 def _note(s: Session, failed: list[_Ending]) -> None:
@@ -502,11 +504,7 @@ def _note(s: Session, failed: list[_Ending]) -> None:
 
 def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     """Replicas that two attempts found missing or wrong are no longer taken for good; locked ones are made anew."""
-    suspects = {
-        (e.file_id, e.source_id)
-        for e in endings
-        if e.outcome == "failed" and e.side == "source" and e.error in _BLAMES and e.source_id is not None
-    }
+    suspects = {(e.file_id, e.source_id) for e in endings if e.blames and e.source_id is not None}
     if not suspects:
         return []
     batch = rows_of(s, "suspects", PAIR, sorted(suspects))
