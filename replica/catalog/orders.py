@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -21,7 +21,7 @@ from replica import wire
 from replica.catalog import endpoints as endpoints_
 from replica.catalog import sites
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import Unguessed, any_of, literal
+from replica.catalog.membership import Unguessed, any_of, literal, walk_by_index
 from replica.db.engine import Session
 from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
 from rules import expressions
@@ -42,6 +42,20 @@ PUT_ASIDE_MAX = 1_000
 PUT_ASIDE_SECONDS = 300
 
 
+class _File(NamedTuple):
+    """What all copies of a file have in common."""
+
+    did: Did
+    checksums: dict[str, str]
+
+
+class _Copy(NamedTuple):
+    good: bool
+    deleting: bool
+    verified: bool  #: not merely declared
+    path: str | None
+
+
 @dataclass(slots=True)
 class _World:
     """What a claim knows besides the transfers it took."""
@@ -49,18 +63,24 @@ class _World:
     endpoint: dict[int, Endpoint]
     place: dict[int, sa.Row[Any]]
     links: dict[tuple[int, int], Link]
+    files: dict[int, _File] = field(default_factory=dict)
     #: file → endpoint → its replica
-    replicas: dict[int, dict[int, sa.Row[Any]]] = field(default_factory=dict)
+    replicas: dict[int, dict[int, _Copy]] = field(default_factory=dict)
     #: (transfer, source) → failures, and how many of them were the source's fault
     failures: dict[tuple[int, int], sa.Row[Any]] = field(default_factory=dict)
+    #: Transfers that failed before.
+    failed: set[int] = field(default_factory=set)
     #: rule → endpoints that it allows as sources
     allowed: dict[int, frozenset[int]] = field(default_factory=dict)
     #: transfer → the other file that lies where it would go
     taken: dict[int, Did] = field(default_factory=dict)
+    #: Most files of a claim are at the same endpoints: target and sources, verified or not → the sources, best first
+    ranked: dict[tuple[int, tuple[tuple[int, bool], ...]], tuple[Source, ...]] = field(default_factory=dict)
 
 
 def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
     """Take up to `limit` transfers of the site, the most urgent first."""
+    walk_by_index(s)
     _put_aside(s, site_id)
     rows, more = _take(s, site_id, claim)
     orders: list[wire.Order] = []
@@ -196,41 +216,13 @@ def _take(s: Session, site_id: int, claim: wire.Claim) -> tuple[Sequence[sa.Row[
 def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
     world = _World(
         endpoint={e.id: e for e in endpoints_.snapshot(s)},
-        place={row.id: row for row in s.execute(sa.select(endpoints))},
+        place={row.id: row for row in s.execute(sa.select(endpoints.c.id, endpoints.c.url, endpoints.c.layout))},
         links=endpoints_.links(s),
     )
-    wanted = ids_of(s, "files_claimed", sorted({row.file_id for row in rows}))
-    found = (
-        sa.select(
-            replicas.c.file_id,
-            replicas.c.endpoint_id,
-            replicas.c.state,
-            replicas.c.evidence,
-            replicas.c.path,
-            dids.c.name,
-            scopes.c.name.label("scope"),
-            *(files.c[a] for a in DIGITS),
-        )
-        .join(wanted, wanted.c.id == replicas.c.file_id)
-        .join(files, files.c.did_id == replicas.c.file_id)
-        .join(dids, dids.c.id == replicas.c.file_id)
-        .join(scopes, scopes.c.id == dids.c.scope_id)
-    )
-    for row in s.execute(found):
-        world.replicas.setdefault(row.file_id, {})[row.endpoint_id] = row
-    claimed = ids_of(s, "claimed", [row.id for row in rows])
-    failures = (
-        sa.select(
-            attempts.c.transfer_id,
-            attempts.c.source_id,
-            sa.func.count().label("failures"),
-            sa.func.sum(sa.case((attempts.c.side == "source", 1), else_=0)).label("own"),
-        )
-        .join(claimed, claimed.c.id == attempts.c.transfer_id)
-        .where(attempts.c.outcome == "failed", attempts.c.source_id.is_not(None))
-        .group_by(attempts.c.transfer_id, attempts.c.source_id)
-    )
-    world.failures = {(row.transfer_id, row.source_id): row for row in s.execute(failures)}
+    _look_at_files(s, rows, world)
+    before = [row.id for row in rows if row.epoch]
+    if before:
+        _look_at_failures(s, before, world)
     asked_by = sorted({row.rule_id for row in rows if row.rule_id is not None})
     limits = sa.select(rules.c.id, rules.c.source_expression).where(
         rules.c.id.in_(asked_by), rules.c.source_expression.is_not(None)
@@ -245,23 +237,76 @@ def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
     return world
 
 
+def _look_at_files(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> None:
+    wanted = ids_of(s, "files_claimed", sorted({row.file_id for row in rows}))
+    named = (
+        sa.select(wanted.c.id, scopes.c.name, dids.c.name, *(files.c[a] for a in DIGITS))
+        .select_from(wanted)
+        .join(dids, dids.c.id == wanted.c.id)
+        .join(files, files.c.did_id == dids.c.id)
+        .join(scopes, scopes.c.id == dids.c.scope_id)
+    )
+    for file_id, scope, name, *values in s.execute(named):
+        checksums = {a: value.hex() for a, value in zip(DIGITS, values, strict=True) if value is not None}
+        world.files[file_id] = _File(Did(scope, name), checksums)
+    # Told by the database, so that no state need be made of each number.
+    copies = (
+        sa.select(
+            replicas.c.file_id,
+            replicas.c.endpoint_id,
+            replicas.c.state == literal(ReplicaState.AVAILABLE),
+            replicas.c.state == literal(ReplicaState.DELETING),
+            replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
+            replicas.c.path,
+        )
+        .select_from(wanted)
+        .join(replicas, replicas.c.file_id == wanted.c.id)
+    )
+    for file_id, endpoint_id, *copy in s.execute(copies):
+        world.replicas.setdefault(file_id, {})[endpoint_id] = _Copy(*copy)
+
+
+def _look_at_failures(s: Session, ids: Sequence[int], world: _World) -> None:
+    """Of transfers that were claimed before: nobody else can have failed."""
+    claimed = ids_of(s, "claimed", ids)
+    failures = (
+        sa.select(
+            attempts.c.transfer_id,
+            attempts.c.source_id,
+            sa.func.count().label("failures"),
+            sa.func.sum(sa.case((attempts.c.side == "source", 1), else_=0)).label("own"),
+        )
+        .join(claimed, claimed.c.id == attempts.c.transfer_id)
+        .where(attempts.c.outcome == "failed", attempts.c.source_id.is_not(None))
+        .group_by(attempts.c.transfer_id, attempts.c.source_id)
+    )
+    world.failures = {(row.transfer_id, row.source_id): row for row in s.execute(failures)}
+    world.failed = {transfer_id for transfer_id, _ in world.failures}
+
+
 def _taken(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> dict[int, Did]:
     """Transfers whose path at the target is another file's: its worker would take that for wrong bytes of its own and
     move it away. Registration refuses such a path, but did not know then what rules would bring there."""
     key: Columns = {name: sa.BigInteger() for name in ("id", "file_id", "endpoint_id")}
     where: list[tuple[int, int, int, str]] = []
     named: list[tuple[int, int, int, str, str]] = []
+    with_paths = _with_paths(s, {row.target_id for row in rows})
     for row in rows:
         replica = world.replicas.get(row.file_id, {}).get(row.target_id)
         if replica is None:
             continue
-        did = Did(replica.scope, replica.name)
-        path = _path(did, replica, world)
-        where.append((row.id, row.file_id, row.target_id, path))
+        did = world.files[row.file_id].did
         layout = world.place[row.target_id].layout
-        if replica.path is not None or not is_injective(did, layout):
+        may_share = replica.path is not None or not is_injective(did, layout)
+        if not may_share and row.target_id not in with_paths:
+            continue
+        path = path_for(did, layout) if replica.path is None else replica.path
+        where.append((row.id, row.file_id, row.target_id, path))
+        if may_share:
             others = [other for other in owners(path, layout) if other != did]
             named += [(row.id, row.file_id, row.target_id, other.scope, other.name) for other in others]
+    if not where:
+        return {}
     name = dids.c.name.label("name"), scopes.c.name.label("scope")
     batch = rows_of(s, "paths_claimed", {**key, "path": sa.String()}, where)
     taken = (
@@ -295,66 +340,101 @@ def _taken(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> dict[int, 
     return found
 
 
+def _with_paths(s: Session, endpoint_ids: set[int]) -> set[int]:
+    """Those of these endpoints where some replica has a path of its own. Nowhere else can it be another file's, as
+    long as the layout gives each name its own."""
+    own = sa.select(1).where(replicas.c.endpoint_id == endpoints.c.id, replicas.c.path.is_not(None))
+    return set(
+        s.execute(sa.select(endpoints.c.id).where(endpoints.c.id.in_(sorted(endpoint_ids)), sa.exists(own))).scalars()
+    )
+
+
 def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
     """The order for one transfer, or why there is no source for it."""
-    there = world.replicas.get(row.file_id, {})
-    at_target = there.get(row.target_id)
+    transfer_id, epoch, file_id, target_id, rule_id, tried, size = tuple(row)
+    there = world.replicas.get(file_id, {})
+    at_target = there.get(target_id)
     if at_target is None:
         return "its replica is not in the catalogue"  # cannot be; the next evaluation of its rule makes it
-    target = world.endpoint[row.target_id]
-    if at_target.state is ReplicaState.DELETING:
+    target = world.endpoint[target_id]
+    if at_target.deleting:
         return "it is being deleted there at this moment, and is copied again after that"
-    if (other := world.taken.get(row.id)) is not None:
+    if (other := world.taken.get(transfer_id)) is not None:
         return f"its path at {target.name} is that of {other}"
-    allowed = world.allowed.get(row.rule_id)
+    ranked = _ranked(transfer_id, rule_id, target, there, world)
+    if not ranked and at_target.verified:
+        known = _sources(transfer_id, rule_id, there, world)
+        return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
+    did, checksums = world.files[file_id]
+    place = world.place
+    paths: dict[str, str] = {}
+
+    def path_at(endpoint_id: int) -> str:
+        if (own := there[endpoint_id].path) is not None:
+            return own
+        layout = place[endpoint_id].layout
+        if layout not in paths:
+            paths[layout] = path_for(did, layout)
+        return paths[layout]
+
+    return wire.Order(
+        transfer=transfer_id,
+        epoch=epoch + 1,
+        did=str(did),
+        size=size,
+        checksums=checksums,
+        target_endpoint=target.name,
+        target_url=place[target_id].url,
+        target_path=path_at(target_id),
+        sources=[
+            wire.OrderSource(
+                endpoint=source.endpoint.name,
+                url=place[source.endpoint.id].url,
+                path=path_at(source.endpoint.id),
+            )
+            for source in ranked
+        ],
+        attempt=tried + 1,
+    )
+
+
+def _ranked(
+    transfer_id: int, rule_id: int | None, target: Endpoint, there: dict[int, _Copy], world: _World
+) -> tuple[Source, ...]:
+    """The copies to read from, best first."""
+    if transfer_id in world.failed or rule_id in world.allowed:
+        return rank(_sources(transfer_id, rule_id, there, world), target, world.links)[:SOURCES_MAX]
+    key = (target.id, tuple((endpoint_id, copy.verified) for endpoint_id, copy in there.items() if copy.good))
+    ranked = world.ranked.get(key)
+    if ranked is None:
+        ranked = rank(_sources(transfer_id, rule_id, there, world), target, world.links)[:SOURCES_MAX]
+        world.ranked[key] = ranked
+    return ranked
+
+
+def _sources(transfer_id: int, rule_id: int | None, there: dict[int, _Copy], world: _World) -> list[Source]:
+    allowed = None if rule_id is None else world.allowed.get(rule_id)
     known = []
-    for endpoint_id, replica in there.items():
-        if replica.state is not ReplicaState.AVAILABLE or (allowed is not None and endpoint_id not in allowed):
+    for endpoint_id, copy in there.items():
+        if not copy.good or (allowed is not None and endpoint_id not in allowed):
             continue
-        failed = world.failures.get((row.id, endpoint_id))
+        failed = world.failures.get((transfer_id, endpoint_id))
         known.append(
             Source(
                 world.endpoint[endpoint_id],
-                verified=replica.evidence is not Evidence.DECLARED,
+                verified=copy.verified,
                 suspicious=failed is not None and failed.own > 0,
                 recent_failures=0 if failed is None else failed.failures,
             )
         )
-    ranked = rank(known, target, world.links)[:SOURCES_MAX]
-    if not ranked and at_target.evidence is not Evidence.DECLARED:
-        return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
-    did = Did(at_target.scope, at_target.name)
-    values = at_target._mapping
-    return wire.Order(
-        transfer=row.id,
-        epoch=row.epoch + 1,
-        did=str(did),
-        size=row.size_bytes,
-        checksums={a: values[a].hex() for a in DIGITS if values[a] is not None},
-        target_endpoint=target.name,
-        target_url=world.place[target.id].url,
-        target_path=_path(did, at_target, world),
-        sources=[
-            wire.OrderSource(
-                endpoint=source.endpoint.name,
-                url=world.place[source.endpoint.id].url,
-                path=_path(did, there[source.endpoint.id], world),
-            )
-            for source in ranked
-        ],
-        attempt=row.attempts + 1,
-    )
+    return known
 
 
 def _obstacle(row: sa.Row[Any], world: _World) -> str:
     at_target = world.replicas.get(row.file_id, {}).get(row.target_id)
-    if at_target is not None and at_target.state is ReplicaState.DELETING:
+    if at_target is not None and at_target.deleting:
         return "deletion_under_way"
     return "path_taken" if row.id in world.taken else "no_source"
-
-
-def _path(did: Did, replica: sa.Row[Any], world: _World) -> str:
-    return str(replica.path) if replica.path is not None else path_for(did, world.place[replica.endpoint_id].layout)
 
 
 def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) -> None:
