@@ -29,11 +29,11 @@ DidText = Annotated[str, msgspec.Meta(max_length=8_192)]
 Bulk = Annotated[list[T], msgspec.Meta(min_length=1, max_length=BULK_MAX)]
 
 
-class Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A request: a field that we do not know is an error, not a wish silently ignored."""
 
 
-class Answer(msgspec.Struct, kw_only=True, omit_defaults=False):
+class Answer(msgspec.Struct, kw_only=True, omit_defaults=False, gc=False):
     """An answer: a client of an older release ignores fields that it does not know."""
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from replica import wire
@@ -42,14 +43,19 @@ PUT_ASIDE_MAX = 1_000
 PUT_ASIDE_SECONDS = 300
 
 
-class _File(NamedTuple):
-    """What all copies of a file have in common."""
+class _File(msgspec.Struct, gc=False):
+    """What all copies of a file have in common. Thousands of these, and nothing for the garbage collector."""
 
-    did: Did
+    scope: str
+    name: str
     checksums: dict[str, str]
 
+    @property
+    def did(self) -> Did:
+        return Did(self.scope, self.name)
 
-class _Copy(NamedTuple):
+
+class _Copy(msgspec.Struct, gc=False):
     good: bool
     deleting: bool
     verified: bool  #: not merely declared
@@ -248,7 +254,7 @@ def _look_at_files(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> No
     )
     for file_id, scope, name, *values in s.execute(named):
         checksums = {a: value.hex() for a, value in zip(DIGITS, values, strict=True) if value is not None}
-        world.files[file_id] = _File(Did(scope, name), checksums)
+        world.files[file_id] = _File(scope, name, checksums)
     # Told by the database, so that no state need be made of each number.
     copies = (
         sa.select(
@@ -365,8 +371,8 @@ def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
     if not ranked and at_target.verified:
         known = _sources(transfer_id, rule_id, there, world)
         return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
-    did, checksums = world.files[file_id]
-    place = world.place
+    file, place = world.files[file_id], world.place
+    did = file.did
     paths: dict[str, str] = {}
 
     def path_at(endpoint_id: int) -> str:
@@ -382,7 +388,7 @@ def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
         epoch=epoch + 1,
         did=str(did),
         size=size,
-        checksums=checksums,
+        checksums=file.checksums,
         target_endpoint=target.name,
         target_url=place[target_id].url,
         target_path=path_at(target_id),
