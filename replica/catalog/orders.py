@@ -229,7 +229,14 @@ def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
     before = [row.id for row in rows if row.epoch]
     if before:
         _look_at_failures(s, before, world)
-    asked_by = sorted({row.rule_id for row in rows if row.rule_id is not None})
+    if asked_by := sorted({row.rule_id for row in rows if row.rule_id is not None}):
+        _look_at_limits(s, asked_by, world)
+    world.taken = _taken(s, rows, world)
+    return world
+
+
+def _look_at_limits(s: Session, asked_by: Sequence[int], world: _World) -> None:
+    """Rules that do not allow every endpoint as a source."""
     limits = sa.select(rules.c.id, rules.c.source_expression).where(
         rules.c.id.in_(asked_by), rules.c.source_expression.is_not(None)
     )
@@ -239,8 +246,6 @@ def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
         except ReplicaError:
             chosen = ()  # it selects nothing any more: then nothing is allowed
         world.allowed[rule.id] = frozenset(e.id for e in chosen)
-    world.taken = _taken(s, rows, world)
-    return world
 
 
 def _look_at_files(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> None:
