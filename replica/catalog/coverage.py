@@ -10,6 +10,7 @@ Partner   replica.catalog.placing decides with it and writes the locks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica.catalog.bulk import ids_of, rows_of
-from replica.catalog.membership import Unguessed, literal, of_pair
+from replica.catalog.membership import Unguessed, literal, of_pair, side_by_side
 from replica.db.engine import Session
 from replica.db.tables import contents, dids, files, locks, replicas
 from rules.states import DidKind, ReplicaState
@@ -25,6 +26,11 @@ from rules.states import DidKind, ReplicaState
 #: A unit and an endpoint.
 Pair = tuple[int, int]
 
+#: A dataset of so many files is read side by side with its replicas, if less than so many others lie between each two.
+LARGE_FILES = 5_000
+SPARSE_MAX = 3
+
+_COUNTED = (replicas.c.endpoint_id, replicas.c.state, replicas.c.tombstone_at)
 _UNIT_PAIR = {"unit_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}
 
 
@@ -102,22 +108,8 @@ def count(s: Session, found: Coverage, endpoint_ids: Iterable[int]) -> None:
     open_units = [u for u in found.files if not found.complete.get(u, set()).issuperset(there)]
     if not open_units or not there:
         return
-    units = ids_of(s, "counted_units", sorted(open_units))
-    columns = (replicas.c.endpoint_id, replicas.c.state, replicas.c.tombstone_at)
-    # A unit is a dataset or a file, and no dataset has replicas.
-    held = (
-        sa.select(units.c.id.label("unit_id"), *columns)
-        .select_from(units)
-        .join(contents, contents.c.parent_id == units.c.id)
-        .join(replicas, replicas.c.file_id == contents.c.child_id)
-    )
-    single = (
-        sa.select(units.c.id.label("unit_id"), *columns)
-        .select_from(units)
-        .join(replicas, replicas.c.file_id == units.c.id)
-    )
-    at = Unguessed(replicas.c.endpoint_id.in_(there))
-    row = sa.union_all(held.where(at), single.where(at)).subquery("counted_rows")
+    span = _span(s, found, open_units)
+    row = _rows_of_units(s, open_units, there) if span is None else _rows_beside(open_units[0], span, there)
     available = row.c.state == literal(ReplicaState.AVAILABLE)
     coming = row.c.state == literal(ReplicaState.COPYING)
 
@@ -132,7 +124,9 @@ def count(s: Session, found: Coverage, endpoint_ids: Iterable[int]) -> None:
         number(row.c.tombstone_at.is_not(None)),
     ).group_by(row.c.unit_id, row.c.endpoint_id)
     parts: list[Pair] = []
-    for unit_id, endpoint_id, good, present, released in s.execute(query).all():
+    with contextlib.nullcontext() if span is None else side_by_side(s):
+        counted = s.execute(query).all()
+    for unit_id, endpoint_id, good, present, released in counted:
         if endpoint_id in found.complete.get(unit_id, ()):
             continue
         found.begun.add((unit_id, endpoint_id))
@@ -148,6 +142,45 @@ def count(s: Session, found: Coverage, endpoint_ids: Iterable[int]) -> None:
                 parts.append((unit_id, endpoint_id))
     for unit_id, endpoint_id, size in _sizes_of_parts(s, parts):
         found.present.setdefault(unit_id, {})[endpoint_id] = int(size)
+
+
+def _rows_of_units(s: Session, unit_ids: Sequence[int], endpoint_ids: Sequence[int]) -> sa.Subquery:
+    """The replicas at these endpoints of the files of these units, each of which is a dataset or a file."""
+    units = ids_of(s, "counted_units", sorted(unit_ids))
+    rows = sa.select(units.c.id.label("unit_id"), *_COUNTED).select_from(units)
+    # No dataset has replicas.
+    held = rows.join(contents, contents.c.parent_id == units.c.id).join(
+        replicas, replicas.c.file_id == contents.c.child_id
+    )
+    single = rows.join(replicas, replicas.c.file_id == units.c.id)
+    at = Unguessed(replicas.c.endpoint_id.in_(endpoint_ids))
+    return sa.union_all(held.where(at), single.where(at)).subquery("counted_rows")
+
+
+def _rows_beside(dataset_id: int, span: tuple[int, int], endpoint_ids: Sequence[int]) -> sa.Subquery:
+    """The same for one dataset, to be read along two indexes at once: its files, and all replicas in their span."""
+    return (
+        sa.select(sa.literal(dataset_id, sa.BigInteger()).label("unit_id"), *_COUNTED)
+        .join_from(contents, replicas, replicas.c.file_id == contents.c.child_id)
+        .where(
+            contents.c.parent_id == dataset_id,
+            replicas.c.file_id.between(*span),
+            Unguessed(replicas.c.endpoint_id.in_(endpoint_ids)),
+        )
+        .subquery("counted_rows")
+    )
+
+
+def _span(s: Session, found: Coverage, unit_ids: Sequence[int]) -> tuple[int, int] | None:
+    """The first and the last file of a single large dataset, if most files between them are its own: files that were
+    registered together have numbers beside each other."""
+    if not s.postgresql or len(unit_ids) > 1 or (size := found.files[unit_ids[0]]) < LARGE_FILES:
+        return None
+    child = contents.c.child_id
+    first, last = s.execute(
+        sa.select(sa.func.min(child), sa.func.max(child)).where(contents.c.parent_id == unit_ids[0])
+    ).one()
+    return (first, last) if first is not None and last - first < SPARSE_MAX * size else None
 
 
 def _is_complete(found: Coverage, unit_id: int, endpoint_id: int) -> None:

@@ -202,6 +202,18 @@ def by_index(s: Session) -> Iterator[None]:
         s.execute(sa.text("SET LOCAL enable_seqscan = on"))
 
 
+@contextlib.contextmanager
+def side_by_side(s: Session) -> Iterator[None]:
+    """Statements that join large parts of two tables which indexes have in the same order: on PostgreSQL along these,
+    row by row, without looking anything up, sorting or keeping it."""
+    names = ("enable_seqscan", "enable_hashjoin", "enable_nestloop", "enable_sort")
+    if s.postgresql:
+        s.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in names)))
+    yield
+    if s.postgresql:
+        s.execute(sa.select(*(sa.func.set_config(name, "on", True) for name in names)))
+
+
 def walk_by_index(s: Session) -> None:
     """From here on in this transaction PostgreSQL goes from each row of a batch to what belongs to it by an index.
 
