@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from replica.catalog.bulk import Columns, insert, rows_of
+from replica.catalog.bulk import Columns, columns_of, insert, rows_of
 from replica.catalog.membership import literal
 from replica.db.engine import Session
 from replica.db.tables import Instant, events, versions
@@ -65,7 +65,7 @@ def record_ends(s: Session, ends: Sequence[tuple[int, TransferState]]) -> None:
     if not ends:
         return
     columns: Columns = {"id": sa.BigInteger(), "state": sa.SmallInteger()}
-    ended = rows_of(s, "ends_told", columns, [(id_, state.value) for id_, state in ends])
+    ended = columns_of(s, "ends_told", columns, [[id_ for id_, _ in ends], [state.value for _, state in ends]])
     kind = sa.case((ended.c.state == literal(TransferState.DONE), "transfer.done"), else_="transfer.failed")
     rows = sa.select(
         sa.literal("transfer"), ended.c.id, kind, sa.literal(1), sa.literal(s.now, Instant()), _transaction(s)
