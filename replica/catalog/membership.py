@@ -202,16 +202,25 @@ def by_index(s: Session) -> Iterator[None]:
         s.execute(sa.text("SET LOCAL enable_seqscan = on"))
 
 
+def _switched(to: str, *names: str) -> sa.TextClause:
+    """Until the transaction ends."""
+    return sa.text("SELECT " + ", ".join(f"set_config('enable_{name}', '{to}', true)" for name in names))
+
+
+_ALONG_INDEXES = _switched("off", "seqscan", "hashjoin", "nestloop", "sort")
+_AS_IT_LIKES = _switched("on", "seqscan", "hashjoin", "nestloop", "sort")
+_INTO_INDEXES = _switched("off", "seqscan", "hashjoin", "mergejoin")
+
+
 @contextlib.contextmanager
 def side_by_side(s: Session) -> Iterator[None]:
     """Statements that join large parts of two tables which indexes have in the same order: on PostgreSQL along these,
     row by row, without looking anything up, sorting or keeping it."""
-    names = ("enable_seqscan", "enable_hashjoin", "enable_nestloop", "enable_sort")
     if s.postgresql:
-        s.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in names)))
+        s.execute(_ALONG_INDEXES)
     yield
     if s.postgresql:
-        s.execute(sa.select(*(sa.func.set_config(name, "on", True) for name in names)))
+        s.execute(_AS_IT_LIKES)
 
 
 def walk_by_index(s: Session) -> None:
@@ -221,8 +230,7 @@ def walk_by_index(s: Session) -> None:
     it: that costs more than a thousand look-ups, and the more the larger the table is.
     """
     if s.postgresql:
-        names = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin")
-        s.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in names)))
+        s.execute(_INTO_INDEXES)
 
 
 def literal(state: Any) -> sa.ColumnElement[Any]:

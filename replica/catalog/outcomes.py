@@ -3,7 +3,7 @@
 Given     the outcomes a worker reports, or leases that ran out.
 Returns   how many counted, and which came too late.
 Promises  an outcome counts only with the epoch of the present claim, so each transfer has one accepted completion;
-          *done* counts only when size and checksums are the catalogue's; about twenty statements for a thousand
+          *done* counts only when size and checksums are the catalogue's; about fifteen statements for a thousand
           outcomes as for one; a failure of the target never blames a source, and a source is blamed only when two
           attempts said so.
 Partner   rules.transfers decides what follows a failure; replica.catalog.locks moves the counters.

@@ -85,7 +85,7 @@ def test_a_claim_costs_the_same_statements_for_1_and_for_500_orders(world: World
             assert len(world.claim("HZDR", limit).orders) == limit
         counts.append(statements.count)
     assert counts[0] >= counts[1] - 1, counts  # the second one finds the site seen already
-    assert counts[0] <= 25
+    assert counts[0] <= (19 if world.db.url.get_backend_name() == "sqlite" else 13), counts
 
 
 def test_the_claim_reads_its_index_only_as_far_as_it_needs(world: World) -> None:
@@ -225,7 +225,7 @@ def test_a_finished_batch_costs_the_same_statements_for_2_and_for_1000_outcomes(
         with count_statements(world.db) as statements:
             assert world.report("HZDR", [done(order) for order in claimed]).accepted == limit
         counts.append(statements.count)
-    assert counts[0] == counts[1] <= 40, counts
+    assert counts[0] == counts[1] <= (29 if world.db.url.get_backend_name() == "sqlite" else 15), counts
     world.check()
 
 

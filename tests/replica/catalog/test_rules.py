@@ -92,8 +92,6 @@ def test_a_dataset_that_is_read_along_two_indexes_is_counted_as_any_other(
     world.check()
 
 
-
-
 def test_the_same_wish_twice_is_one_rule_and_another_wish_another(world: World) -> None:
     dataset = dataset_of(world, 2)
     rule = world.rule(dataset, "HZDR-DISK")
