@@ -12,11 +12,13 @@ Partner   called by replica.catalog.dids, .replicas and .outcomes inside their t
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from replica.catalog import guards, placing, provision, reasons, totals, usage
 from replica.catalog.bulk import ids_of, rows_of
@@ -33,13 +35,13 @@ from replica.catalog.membership import (
     literal,
     looked_up,
     of_pair,
-    replicas_of,
     units,
 )
-from replica.catalog.provision import LIVE, PAIR, count_available, is_stuck
+from replica.catalog.provision import LIVE, count_available, is_stuck
+from replica.catalog.removable import one_of
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
-from replica.db.tables import EPOCH, Instant, dids, endpoints, files, locks, replicas, rules, transfers
+from replica.db.tables import EPOCH, Instant, contents, dids, endpoints, files, locks, replicas, rules, transfers
 from rules.endpoints import Endpoint
 from rules.errors import InvalidExpression, Refused
 from rules.states import (
@@ -111,7 +113,7 @@ def content_detached(s: Session, parent_id: int, child_ids: Sequence[int]) -> No
         for grouping in Grouping:
             concerned = [rule for rule in above if rule.grouping is grouping or rule.id in changed]
             lost += _units_left(s, concerned, child_ids, grouping)
-    release(s, _distinct_pairs(s, lost))
+    release(s, _parts_of(s, lost))
     # Copies that were wanted for what has gone are not missing any more.
     for rule in above:
         if rule.copies_missing:
@@ -491,87 +493,142 @@ def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
 # --- releasing ------------------------------------------------------------------------------------------------------
 
 
-def release(s: Session, pairs: sa.FromClause, ignoring_rule: int | None = None, *, purge: bool = False) -> None:
-    """What no rule (but `ignoring_rule`) protects any more, of `pairs`: transfers stop, copies may be deleted.
-
-    Copies that had not come yet, and for which no worker holds a lease, vanish and give back their space. The caller
-    holds the rules and the endpoints of the pairs. `purge`: copies shall go at once, not when space is needed.
-    """
-    with by_index(s):
-        stop_unfinished(s, pairs, lambda f, e: is_covered(f, e, ignoring_rule, ignoring_ended=True))
-        there, walk = replicas_of(s, pairs)
-        since, at = there.c.tombstone_at, sa.literal(EPOCH if purge else s.now, Instant())
-        # What a worker may still publish goes an hour later, and needs no purge for it (see rules.deletion).
-        came = sa.or_(there.c.state != literal(ReplicaState.COPYING), there.c.evidence == literal(Evidence.DECLARED))
-        free = (
-            sa.select(there.c.file_id, there.c.endpoint_id, came.label("came"))
-            .select_from(walk)
-            .where(
-                sa.or_(since.is_(None), sa.and_(came, since > EPOCH)) if purge else since.is_(None),
-                sa.not_(is_covered(there.c.file_id, there.c.endpoint_id, ignoring_rule, ignoring_ended=True)),
-            )
-            .distinct()
-            .subquery("free")
-        )
-        s.execute(
-            replicas.update()
-            .where(replicas.c.file_id == free.c.file_id, replicas.c.endpoint_id == free.c.endpoint_id)
-            .values(tombstone_at=sa.case((free.c.came, at), else_=sa.literal(s.now, Instant())))
-        )
-
-
+#: Of a unit, as `after` and `upto`: all files.
+WHOLE = (0, 2**63 - 1)
+#: Of a column of file ids: whether it is one of these.
+Choice = Callable[[sa.ColumnElement[int]], sa.ColumnElement[bool]]
 #: Of a file and an endpoint.
 Condition = Callable[[sa.ColumnElement[int], sa.ColumnElement[int]], sa.ColumnElement[bool]]
 
 
-def stop_unfinished(s: Session, pairs: sa.FromClause, is_wanted: Condition) -> None:
-    """Of `pairs`, what is not there and not wanted is not brought any more. What no worker is at vanishes."""
-    unfinished = _unfinished(s, pairs, is_wanted)
-    if unfinished:
-        _stop(s, unfinished)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Files at one endpoint, which a lock protected, or several."""
+
+    endpoint_id: int
+    files: Choice
+    #: No other lock can be there that covers any of them: none has to be looked for, file by file.
+    alone: bool = False
+    #: All of them are there: nothing has to be stopped.
+    complete: bool = False
 
 
-def _unfinished(s: Session, pairs: sa.FromClause, is_wanted: Condition) -> Sequence[sa.Row[Any]]:
-    """Replicas of `pairs` that are neither wanted nor there, with whether a worker is at it."""
-    guards.change_replicas(s, pairs, missing=True)
-    there, walk = replicas_of(s, pairs)
-    leased = sa.exists(
-        sa.select(1).where(
-            transfers.c.file_id == there.c.file_id,
-            transfers.c.target_id == there.c.endpoint_id,
-            any_of(transfers.c.state, TRANSFER_LEASED),
+def files_of_units(s: Session, units: Sequence[tuple[int, int, int]]) -> Choice:
+    """The files of these `(unit_id, after, upto)`, with an id greater than the one and at most the other. They stay in
+    the database: not a join, which PostgreSQL would now and then begin with all replicas there are."""
+
+    def is_one(column: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+        columns = {name: sa.BigInteger() for name in ("unit_id", "after", "upto")}
+        batch = rows_of(s, "units_of_part", columns, units)
+        held = (
+            sa.select(contents.c.child_id)
+            .join_from(batch, contents, contents.c.parent_id == batch.c.unit_id)
+            .where(contents.c.child_id > batch.c.after, contents.c.child_id <= batch.c.upto)
         )
-    )
-    return s.execute(
-        sa.select(there.c.file_id, there.c.endpoint_id, there.c.state, files.c.size_bytes, leased.label("leased"))
-        .select_from(walk)
-        .join(files, files.c.did_id == there.c.file_id)
+        single = sa.select(files.c.did_id).join_from(batch, files, files.c.did_id == batch.c.unit_id)
+        both = sa.union_all(held, single)
+        if not s.postgresql:
+            return column.in_(both)
+        return column == sa.any_(sa.func.array(both.scalar_subquery(), type_=ARRAY(sa.BigInteger())))
+
+    return is_one
+
+
+def release(s: Session, parts: Iterable[Part], ignoring_rule: int | None = None, *, purge: bool = False) -> None:
+    """What no rule (but `ignoring_rule`) protects any more, of `parts`: transfers stop, copies may be deleted.
+
+    Copies that had not come yet, and for which no worker holds a lease, vanish and give back their space. The caller
+    holds the rules and the endpoints of the parts. `purge`: copies shall go at once, not when space is needed. At most
+    six statements for a part.
+    """
+
+    def is_protected(file_id: sa.ColumnElement[int], endpoint_id: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+        return is_covered(file_id, endpoint_id, ignoring_rule, ignoring_ended=True)
+
+    with by_index(s):
+        for part in parts:
+            protected = None if part.alone else is_protected
+            if not part.complete:
+                stop_unfinished(s, part, protected)
+            _may_be_deleted(s, part, protected, purge)
+
+
+def _may_be_deleted(s: Session, part: Part, is_protected: Condition | None, purge: bool) -> None:
+    since, at = replicas.c.tombstone_at, sa.literal(EPOCH if purge else s.now, Instant())
+    # What a worker may still publish goes an hour later, and needs no purge for it (see rules.deletion).
+    came = sa.or_(replicas.c.state != literal(ReplicaState.COPYING), replicas.c.evidence == literal(Evidence.DECLARED))
+    s.execute(
+        replicas.update()
         .where(
-            there.c.state != literal(ReplicaState.AVAILABLE),
+            part.files(replicas.c.file_id),
+            Unguessed(replicas.c.endpoint_id == part.endpoint_id),
+            Unguessed(sa.or_(since.is_(None), sa.and_(came, since > EPOCH)) if purge else since.is_(None)),
+            *_not(is_protected),
+        )
+        .values(tombstone_at=sa.case((came, at), else_=sa.literal(s.now, Instant())))
+    )
+
+
+def _not(condition: Condition | None) -> Iterator[sa.ColumnElement[bool]]:
+    if condition is not None:
+        yield sa.not_(condition(replicas.c.file_id, replicas.c.endpoint_id))
+
+
+def stop_unfinished(s: Session, part: Part, is_wanted: Condition | None) -> None:
+    """Of the part, what is not there and not wanted is not brought any more. What no worker is at vanishes."""
+    unfinished = _unfinished(s, part, is_wanted)
+    if unfinished:
+        _stop(s, part.endpoint_id, unfinished)
+
+
+def _unfinished(s: Session, part: Part, is_wanted: Condition | None) -> Sequence[sa.Row[tuple[int, int, bool]]]:
+    """`(file, bytes, copying)` of the replicas that are neither wanted nor there, which are held from here on."""
+    size = sa.select(files.c.size_bytes).where(files.c.did_id == replicas.c.file_id).scalar_subquery()
+    query = (
+        sa.select(replicas.c.file_id, size, Unguessed(replicas.c.state == literal(ReplicaState.COPYING)))
+        .where(
+            part.files(replicas.c.file_id),
+            Unguessed(replicas.c.endpoint_id == part.endpoint_id),
+            Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE)),
             # Somebody said that the bytes are there: verifying them goes on, whoever wanted them as well.
-            there.c.evidence.is_distinct_from(Evidence.DECLARED),
-            sa.not_(is_wanted(there.c.file_id, there.c.endpoint_id)),
+            Unguessed(replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED))),
+            *_not(is_wanted),
         )
-        .distinct()
-    ).all()
+        .order_by(replicas.c.file_id)
+    )
+    return s.execute(query.with_for_update(of=replicas, key_share=True) if s.postgresql else query).all()
 
 
-def _stop(s: Session, unfinished: Sequence[sa.Row[Any]]) -> None:
-    batch = rows_of(s, "unfinished", PAIR, [(row.file_id, row.endpoint_id) for row in unfinished])
-    _cancel(s, batch, "not_wanted", "no rule wants this copy any more")
-    vanish = [row for row in unfinished if row.state is ReplicaState.COPYING and not row.leased]
+def _stop(s: Session, endpoint_id: int, unfinished: Sequence[sa.Row[tuple[int, int, bool]]]) -> None:
+    query = (
+        sa.select(transfers.c.id, transfers.c.file_id, Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
+        .where(
+            one_of(s, transfers.c.file_id, [file_id for file_id, _, _ in unfinished]),
+            Unguessed(transfers.c.target_id == endpoint_id),
+            any_of(transfers.c.state, LIVE),
+        )
+        .order_by(transfers.c.id)
+    )
+    # Held before it is asked whether a worker is at them: from here on none begins.
+    live = s.execute(query.with_for_update(of=transfers, key_share=True) if s.postgresql else query).all()
+    if live:
+        these = one_of(s, transfers.c.id, [id_ for id_, _, _ in live])
+        provision.cancel(s, these, "not_wanted", "no rule wants this copy any more")
+    leased = {file_id for _, file_id, leased in live if leased}
+    vanish = [(file_id, size) for file_id, size, copying in unfinished if copying and file_id not in leased]
     if vanish:
-        gone = rows_of(s, "vanishing", PAIR, [(row.file_id, row.endpoint_id) for row in vanish])
-        s.execute(
-            replicas.delete().where(
-                sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id).in_(sa.select(gone.c.file_id, gone.c.endpoint_id))
-            )
-        )
-        freed: Counter[int] = Counter()
-        for row in vanish:
-            freed[row.endpoint_id] -= row.size_bytes
-        provision.book(s, freed)
+        gone = one_of(s, replicas.c.file_id, [file_id for file_id, _ in vanish])
+        s.execute(replicas.delete().where(gone, Unguessed(replicas.c.endpoint_id == endpoint_id)))
+        provision.book(s, {endpoint_id: -sum(size for _, size in vanish)})
 
 
-def _distinct_pairs(s: Session, pairs: Collection[tuple[int, int]]) -> sa.FromClause:
-    return rows_of(s, "released", PAIR, sorted(set(pairs)))
+def _parts_of(s: Session, pairs: Collection[tuple[int, int]]) -> Iterator[Part]:
+    by_endpoint: dict[int, set[int]] = {}
+    for file_id, endpoint_id in pairs:
+        by_endpoint.setdefault(endpoint_id, set()).add(file_id)
+    for endpoint_id, file_ids in sorted(by_endpoint.items()):
+        yield Part(endpoint_id, partial(_is_one_of, s, file_ids))
+
+
+def _is_one_of(s: Session, ids: Collection[int], column: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+    return one_of(s, column, ids)

@@ -13,22 +13,23 @@ counters move with what changes, but those of stuck files are nobody's any more.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from replica.catalog import guards, locks, usage
 from replica.catalog.bulk import rows_of
-from replica.catalog.membership import Unguessed, files_of, literal
+from replica.catalog.membership import Unguessed, literal
 from replica.db.engine import Session
-from replica.db.tables import contents, rules
+from replica.db.tables import contents, dids, rules
 from replica.db.tables import locks as locks_table
 from rules.states import RuleState
 
 #: What one transaction releases.
 SLICE_FILES = 20_000
 
-_EVERYTHING = 2**63 - 1
 _UNIT = {"unit_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}
 
 
@@ -45,22 +46,26 @@ def begin(s: Session, rule_id: int, *, purge: bool) -> bool:
             _look_again(s, rule_id, purge=purge)
             return False
     usage.discharge_rule(s, rule_id)
-    pairs = sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id).where(mine).subquery("mine")
-    locks.release(s, files_of(pairs), ignoring_rule=rule_id, purge=purge)
+    held = s.execute(_held(rule_id)).all()
+    slices = [_Slice(lock, *locks.WHOLE, None, lock.files_total) for lock in held]
+    locks.release(s, _parts(s, slices), ignoring_rule=rule_id, purge=purge)
     s.execute(locks_table.delete().where(mine))
     return True
 
 
 def go_on(s: Session, rule: sa.Row[Any], limit_files: int = SLICE_FILES) -> int:
     """The next slice of a rule that has ended; returns the files it took."""
-    bounds = _bounds(s, rule.id, limit_files)
-    if not bounds:
+    slices = _next_slices(s, rule.id, limit_files)
+    if not slices:
         s.execute(rules.update().where(rules.c.id == rule.id).values(evaluate_at=None))
         return 0
-    guards.change_endpoints(s, sorted({endpoint_id for _, endpoint_id, *_ in bounds}))
-    columns = {**_UNIT, **{name: sa.BigInteger() for name in ("after", "upto", "next", "files")}}
-    part = rows_of(s, "released_part", columns, bounds)
-    locks.release(s, files_of(part, after="after", upto="upto"), ignoring_rule=rule.id, purge=rule.purge)
+    guards.change_endpoints(s, sorted({slice_.lock.endpoint_id for slice_ in slices}))
+    # Asked again: only from here on no lock comes that covers them. Those of the rule, which is held, are the same.
+    held = s.execute(_held(rule.id).limit(len(slices))).all()
+    slices = [replace(slice_, lock=lock) for slice_, lock in zip(slices, held, strict=True)]
+    locks.release(s, _parts(s, slices), ignoring_rule=rule.id, purge=rule.purge)
+    columns = {**_UNIT, "next": sa.BigInteger()}
+    part = rows_of(s, "released_part", columns, [(x.lock.unit_id, x.lock.endpoint_id, x.next) for x in slices])
     this = sa.and_(
         locks_table.c.rule_id == rule.id,
         locks_table.c.unit_id == part.c.unit_id,
@@ -72,7 +77,53 @@ def go_on(s: Session, rule: sa.Row[Any], limit_files: int = SLICE_FILES) -> int:
     gone = locks_table.delete().where(locks_table.c.rule_id == rule.id, pair.in_(whole))
     _discharge(s, gone)
     _look_again(s, rule.id)
-    return sum(files for *_, files in bounds)
+    return sum(slice_.files for slice_ in slices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A lock, and of its unit the files with an id greater than `after` and at most `upto`."""
+
+    lock: sa.Row[Any]
+    after: int
+    upto: int
+    #: Where the next slice of it begins; None: this was the last.
+    next: int | None
+    files: int
+
+
+def _locks_of(rule_id: int) -> sa.Select[Any]:
+    done = sa.func.coalesce(locks_table.c.applied_to, 0).label("done")
+    return (
+        sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id, done, locks_table.c.files_total)
+        .where(locks_table.c.rule_id == rule_id)
+        .order_by(locks_table.c.unit_id, locks_table.c.endpoint_id)
+    )
+
+
+def _held(rule_id: int) -> sa.Select[Any]:
+    """The same, with what spares a look at each file. True only while the endpoints are held."""
+    alone = sa.exists(sa.select(1).where(dids.c.id == locks_table.c.unit_id, usage.ALONE))
+    return _locks_of(rule_id).add_columns(
+        locks_table.c.files_available, Unguessed(_others_lock_it()).label("kept"), Unguessed(alone).label("alone")
+    )
+
+
+def _parts(s: Session, slices: Sequence[_Slice]) -> Iterator[locks.Part]:
+    """What may have to be released, by endpoint, and apart what needs no look at each file.
+
+    What another rule locks as a whole is kept as a whole. A dataset that shares no file, and that nobody else locks
+    there, has no file that another lock covers: `dids.shared` is never false otherwise (see replica.catalog.usage), and
+    who makes it so, or makes such a lock, holds the endpoint until it is seen.
+    """
+    found: dict[tuple[int, bool, bool], list[tuple[int, int, int]]] = {}
+    for slice_ in slices:
+        lock = slice_.lock
+        if not lock.kept:
+            key = lock.endpoint_id, bool(lock.alone), lock.files_available == lock.files_total
+            found.setdefault(key, []).append((lock.unit_id, slice_.after, slice_.upto))
+    for (endpoint_id, alone, complete), units in sorted(found.items()):
+        yield locks.Part(endpoint_id, locks.files_of_units(s, units), alone, complete)
 
 
 def _is_much(s: Session, mine: sa.ColumnElement[bool]) -> bool:
@@ -83,6 +134,11 @@ def _is_much(s: Session, mine: sa.ColumnElement[bool]) -> bool:
 
 def _drop_what_others_lock(s: Session, mine: sa.ColumnElement[bool]) -> None:
     """As a whole, at the same endpoint, for a rule that has not ended: of that nothing is released."""
+    _discharge(s, locks_table.delete().where(mine, Unguessed(_others_lock_it())))
+
+
+def _others_lock_it() -> sa.ColumnElement[bool]:
+    """Of a lock: a rule that has not ended has one on the same unit at the same endpoint."""
     other = locks_table.alias("other")
     same = (
         sa.select(1)
@@ -95,7 +151,7 @@ def _drop_what_others_lock(s: Session, mine: sa.ColumnElement[bool]) -> None:
             Unguessed(rules.c.state != literal(RuleState.EXPIRED)),
         )
     )
-    _discharge(s, locks_table.delete().where(mine, Unguessed(sa.exists(same))))
+    return sa.exists(same)
 
 
 def _discharge(s: Session, gone: sa.Delete) -> None:
@@ -104,33 +160,26 @@ def _discharge(s: Session, gone: sa.Delete) -> None:
     usage.discharge(s, [(rule_id, unit_id, endpoint_id) for rule_id, unit_id, endpoint_id in rows])
 
 
-def _bounds(s: Session, rule_id: int, limit_files: int) -> list[tuple[int, int, int, int, int | None, int]]:
-    """`(unit, endpoint, after, upto, next, files)`: whole units as long as they fit, else a part of the first one."""
-    done = sa.func.coalesce(locks_table.c.applied_to, 0)
-    query = (
-        sa.select(locks_table.c.unit_id, locks_table.c.endpoint_id, done, locks_table.c.files_total)
-        .where(locks_table.c.rule_id == rule_id)
-        .order_by(locks_table.c.unit_id, locks_table.c.endpoint_id)
-        .limit(max(limit_files, 1))
-    )
-    bounds: list[tuple[int, int, int, int, int | None, int]] = []
+def _next_slices(s: Session, rule_id: int, limit_files: int) -> list[_Slice]:
+    """Whole units as long as they fit, else a part of the first one."""
+    slices: list[_Slice] = []
     room = limit_files
-    for unit_id, endpoint_id, after, files in s.execute(query).all():
-        if files <= room:
-            room -= files
-            bounds.append((unit_id, endpoint_id, after, _EVERYTHING, None, files))
-        elif not bounds:
+    for lock in s.execute(_locks_of(rule_id).limit(max(limit_files, 1))).all():
+        if lock.files_total <= room:
+            room -= lock.files_total
+            slices.append(_Slice(lock, lock.done, locks.WHOLE[1], None, lock.files_total))
+        elif not slices:
             upto = s.execute(
                 sa.select(contents.c.child_id)
-                .where(contents.c.parent_id == unit_id, contents.c.child_id > after)
+                .where(contents.c.parent_id == lock.unit_id, contents.c.child_id > lock.done)
                 .order_by(contents.c.child_id)
                 .offset(limit_files - 1)
                 .limit(1)
             ).scalar()
-            return [(unit_id, endpoint_id, after, _EVERYTHING if upto is None else upto, upto, limit_files)]
+            return [_Slice(lock, lock.done, locks.WHOLE[1] if upto is None else upto, upto, limit_files)]
         else:
             break
-    return bounds
+    return slices
 
 
 def _look_again(s: Session, rule_id: int, **values: Any) -> None:

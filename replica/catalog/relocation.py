@@ -12,7 +12,7 @@ Partner   rules.relocation decides who moves; replica.catalog.placing finds wher
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -73,12 +73,9 @@ def let_go(s: Session, rule_id: int, limit_files: int) -> int:
     if not slice_:
         return 0
     copies = [(lock.unit_id, lock.endpoint_id) for lock in slice_]
-    # What no other rule has a lock on, and this one only surplus ones.
-    locks.stop_unfinished(
-        s,
-        files_of(rows_of(s, "let_go", UNIT, copies)),
-        lambda f, e: sa.or_(is_covered(f, e, rule_id), is_wished(f, e, rule_id)),
-    )
+    for part in _parts(s, copies):
+        # What no other rule has a lock on, and this one only surplus ones.
+        locks.stop_unfinished(s, part, lambda f, e: sa.or_(is_covered(f, e, rule_id), is_wished(f, e, rule_id)))
     batch = rows_of(s, "let_go", UNIT, copies)
     recount(s, rule_id, batch)
     s.execute(
@@ -150,7 +147,16 @@ def _drop(s: Session, rule_id: int, copies: Sequence[tuple[int, int]]) -> None:
         )
     )
     usage.discharge(s, [(rule_id, *copy) for copy in sorted(copies)])
-    locks.release(s, files_of(rows_of(s, "dropped", UNIT, sorted(copies))))
+    locks.release(s, _parts(s, copies))
+
+
+def _parts(s: Session, copies: Collection[tuple[int, int]]) -> Iterator[locks.Part]:
+    """The files of these units there, endpoint by endpoint."""
+    by_endpoint: dict[int, list[tuple[int, int, int]]] = {}
+    for unit_id, endpoint_id in sorted(copies):
+        by_endpoint.setdefault(endpoint_id, []).append((unit_id, *locks.WHOLE))
+    for endpoint_id, units in sorted(by_endpoint.items()):
+        yield locks.Part(endpoint_id, locks.files_of_units(s, units))
 
 
 def recount(s: Session, rule_id: int, copies: sa.FromClause) -> list[tuple[int, int]]:

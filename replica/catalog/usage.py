@@ -44,7 +44,7 @@ Number = sa.ColumnElement[Any]
 _ROWS_AT_ONCE = 1_000
 
 #: Of a unit: a dataset none of whose files is in another unit of a lock.
-_ALONE = Unguessed(sa.and_(dids.c.files_total.is_not(None), sa.not_(dids.c.shared)))
+ALONE = Unguessed(sa.and_(dids.c.files_total.is_not(None), sa.not_(dids.c.shared)))
 
 
 # --- locks come and go ----------------------------------------------------------------------------------------------
@@ -163,14 +163,14 @@ def _change(s: Session, mine: sa.FromClause, sign: int, ignoring_rule: int | Non
     Returns whether single files are among the units.
     """
     is_new = sa.not_(_locked(mine.c.account_id, mine.c.unit_id, mine.c.endpoint_id, ignoring_rule))
-    whole = sa.and_(_ALONE, is_new)
+    whole = sa.and_(ALONE, is_new)
     query = (
         sa.select(
             mine.c.account_id,
             mine.c.endpoint_id,
             sa.func.sum(sa.case((whole, dids.c.files_total), else_=0)).label("files"),
             sa.func.sum(sa.case((whole, dids.c.bytes_total), else_=0)).label("bytes"),
-            sa.func.sum(sa.case((_ALONE, 0), else_=1)).label("to_compare"),
+            sa.func.sum(sa.case((ALONE, 0), else_=1)).label("to_compare"),
             sa.func.sum(sa.case((dids.c.kind == literal(DidKind.FILE), 1), else_=0)).label("single"),
         )
         .select_from(mine)
@@ -193,7 +193,7 @@ def _compared(s: Session, mine: sa.FromClause, ignoring_rule: int | None) -> Seq
         sa.select(mine.c.account_id, mine.c.unit_id, mine.c.endpoint_id)
         .select_from(mine)
         .join(dids, dids.c.id == mine.c.unit_id)
-        .where(sa.not_(_ALONE))
+        .where(sa.not_(ALONE))
         .subquery("units_compared")
     )
     held = files_of(units)
@@ -311,12 +311,12 @@ def charged(
         .select_from(batch)
         .join(dids, dids.c.id == batch.c.unit_id)
         .join(there, sa.true())
-        .where(_ALONE, _locked(account, batch.c.unit_id, there.c.id, None))
+        .where(ALONE, _locked(account, batch.c.unit_id, there.c.id, None))
     )
     with by_index(s):
         for unit_id, endpoint_id, size in s.execute(whole):
             found.setdefault(unit_id, {})[endpoint_id] = int(size)
-    some = sa.select(batch.c.unit_id).join(dids, dids.c.id == batch.c.unit_id).where(sa.not_(_ALONE))
+    some = sa.select(batch.c.unit_id).join(dids, dids.c.id == batch.c.unit_id).where(sa.not_(ALONE))
     if to_compare := list(s.execute(some).scalars()):
         pairs = _held_by_unit(s, account, to_compare, there)
         once = pairs.distinct().subquery("charged_once")
