@@ -37,7 +37,7 @@ from replica.catalog import (
     revival,
     sites,
 )
-from replica.catalog.bulk import Columns, rows_of
+from replica.catalog.bulk import rows_of
 from replica.catalog.membership import Unguessed, any_of, by_index, closure_of, files_of, literal, units
 from replica.catalog.provision import PAIR, wake_sites
 from replica.catalog.rule_states import settle
@@ -100,23 +100,24 @@ def decide(s: Session, endpoint_id: int, after: Reached | None = None, limit: in
     if not endpoint.deletable:
         return Decided()
     place = _place(s, endpoint)
-    window = _window(s, endpoint_id, place.why, after, limit)
-    full = len(window) == limit
-    if not full and place.why is None:
-        window += _leftover_window(s, endpoint_id, limit)
-    if not window:
-        return Decided()
-    judged = _judge(s, endpoint_id, [row.file_id for row in window], place.why)
-    in_order = [judged[row.file_id] for row in window if row.file_id in judged]
-    goes = [j for j in in_order if j.verdict in _WHYS]
-    allowed = how_many(place, place.why, [j.size_bytes for j in goes])
-    chosen, _ = _mark(s, endpoint, goes[:allowed])
+    with by_index(s):
+        window = _window(s, endpoint_id, place.why, after, limit)
+        full = len(window) == limit
+        if not full and place.why is None:
+            window += _leftover_window(s, endpoint_id, limit)
+        if not window:
+            return Decided()
+        judged = {it[0]: it for it in _judge(s, endpoint_id, [row.file_id for row in window], place.why)}
+        in_order = [judged[row.file_id] for row in window if row.file_id in judged]
+        goes = [it for it in in_order if it[3] in _WHYS]
+        allowed = how_many(place, place.why, [size for _, size, _, _ in goes])
+        chosen, _ = _mark(s, endpoint, goes[:allowed])
     last = window[-1]
     return Decided(
         looked_at=len(window),
         files=len(chosen),
-        bytes=sum(j.size_bytes for j in chosen),
-        kept=Counter(j.verdict for j in in_order if j.verdict not in _WHYS),
+        bytes=sum(size for _, size, _, _ in chosen),
+        kept=Counter(verdict for _, _, _, verdict in in_order if verdict not in _WHYS),
         reached=(last.since, last.accessed, last.file_id) if full and allowed == len(goes) else None,
     )
 
@@ -175,8 +176,7 @@ def _window(s: Session, endpoint_id: int, why: Why | None, after: Reached | None
     )
     if after is not None:
         query = query.where(sa.tuple_(*order) > sa.tuple_(*(sa.literal(part, sa.BigInteger()) for part in after)))
-    with by_index(s):
-        return list(s.execute(query).all())
+    return list(s.execute(query).all())
 
 
 def _leftovers(s: Session) -> sa.Select[Any]:
@@ -195,77 +195,48 @@ def _leftover_window(s: Session, endpoint_id: int, limit: int) -> list[sa.Row[An
     return list(s.execute(query.where(replicas.c.endpoint_id == endpoint_id, later).limit(limit)).all())
 
 
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """One replica, and what is to become of it."""
-
-    file_id: int
-    generation: int
-    size_bytes: int
-    was: int
-    verdict: str
+#: A replica, and what is to become of it: file, bytes, its state, the verdict. Plain, for there are many.
+_Judged = sa.Row[*tuple[Any, ...]]
 
 
-def _judge(s: Session, endpoint_id: int, file_ids: Sequence[int], why: Why | None) -> dict[int, _Judged]:
-    """By file: its replica there, with a verdict. Files that somebody else holds are left out."""
-    sizes = removable.hold_files(s, file_ids)
+def _judge(s: Session, endpoint_id: int, file_ids: Sequence[int], why: Why | None) -> Sequence[_Judged]:
+    """The replicas of these files there. Files that somebody else holds are left out. `by_index`."""
+    held = removable.hold_files(s, file_ids)
+    if not held:
+        return ()
+    maybe = removable.possible(s, held, [endpoint_id])
     query = sa.select(
         replicas.c.file_id,
-        replicas.c.generation,
+        _size_of_file(),
         sa.type_coerce(replicas.c.state, sa.SmallInteger()),
-        removable.verdict(s.now, why),
-    ).where(removable.one_of(s, replicas.c.file_id, sizes), Unguessed(replicas.c.endpoint_id == endpoint_id))
-    with by_index(s):
-        rows = s.execute(query).all()
-    return {f: _Judged(f, generation, sizes[f], was, verdict) for f, generation, was, verdict in rows}
+        removable.verdict(s.now, why, maybe),
+    ).where(removable.one_of(s, replicas.c.file_id, held), Unguessed(replicas.c.endpoint_id == endpoint_id))
+    return s.execute(query).all()
+
+
+def _size_of_file() -> sa.ScalarSelect[int]:
+    return sa.select(tables.files.c.size_bytes).where(tables.files.c.did_id == replicas.c.file_id).scalar_subquery()
 
 
 def _mark(
     s: Session, endpoint: sa.Row[Any], judged: Sequence[_Judged], account_id: int | None = None
-) -> tuple[list[_Judged], list[int]]:
+) -> tuple[Sequence[_Judged], list[int]]:
     """Write down what shall go; the endpoint and the files are held. Returns what goes, and the deletions' ids.
 
-    The replicas are held from here on: one that somebody has found damaged since it was judged is left for later.
+    The replicas are held from here on: one that somebody has found damaged since it was judged is left for later. Two
+    statements for each state and reason there are. `by_index`.
     """
-    if not judged:
+    alike: dict[tuple[int, str], list[int]] = {}
+    for file_id, _, was, verdict in judged:
+        alike.setdefault((was, verdict), []).append(file_id)
+    made: list[Any] = []
+    for (was, why), file_ids in sorted(alike.items()):
+        made += _write_down(s, endpoint, file_ids, was, why, account_id)
+    if not made:
         return [], []
-    seen = rows_of(
-        s, "seen", {"file_id": sa.BigInteger(), "was": sa.SmallInteger()}, [(j.file_id, j.was) for j in judged]
-    )
-    as_seen = sa.tuple_(replicas.c.file_id, sa.type_coerce(replicas.c.state, sa.SmallInteger())).in_(sa.select(seen))
-    these = removable.one_of(s, replicas.c.file_id, [j.file_id for j in judged])
-    with by_index(s):
-        marked = set(
-            s.execute(
-                replicas.update()
-                .where(these, Unguessed(replicas.c.endpoint_id == endpoint.id), Unguessed(as_seen))
-                .values(state=ReplicaState.DELETING)
-                .returning(replicas.c.file_id)
-            ).scalars()
-        )
-    chosen = [j for j in judged if j.file_id in marked]
-    if not chosen:
-        return [], []
-    columns: Columns = {
-        "file_id": sa.BigInteger(),
-        "generation": sa.Integer(),
-        "size_bytes": sa.BigInteger(),
-        "was": sa.SmallInteger(),
-        "why": sa.String(),
-    }
-    rows = sorted((j.file_id, j.generation, j.size_bytes, j.was, j.verdict) for j in chosen)
-    batch = rows_of(s, "marked", columns, rows)
-    constants = {
-        "endpoint_id": endpoint.id,
-        "site_id": endpoint.site_id,
-        "state": DeletionState.QUEUED,
-        "account_id": account_id,
-        "not_before": s.now + timedelta(seconds=endpoint.grace_seconds),
-        "created_at": s.now,
-    }
-    values = [sa.literal(value, deletions.c[name].type).label(name) for name, value in constants.items()]
-    made = deletions.insert().from_select([*columns, *constants], sa.select(batch, *values))
-    ids = list(s.execute(made.returning(deletions.c.id)).scalars())
+    marked = {file_id for _, file_id in made}
+    chosen = judged if len(marked) == len(judged) else [it for it in judged if it[0] in marked]
+    ids = [id_ for id_, _ in made]
     outbox.record(
         s,
         "deletion.decided",
@@ -273,12 +244,44 @@ def _mark(
         account_id,
         endpoint=endpoint.name,
         files=len(chosen),
-        bytes=sum(j.size_bytes for j in chosen),
-        why=dict(Counter(j.verdict for j in chosen)),
+        bytes=sum(size for _, size, _, _ in chosen),
+        why=dict(Counter(verdict for _, _, _, verdict in chosen)),
     )
     if endpoint.grace_seconds == 0:
         wake_sites(s, {endpoint.site_id})
     return chosen, ids
+
+
+def _write_down(
+    s: Session, endpoint: sa.Row[Any], file_ids: Sequence[int], was: int, why: str, account_id: int | None
+) -> Sequence[sa.Row[Any]]:
+    """`(deletion, file)` of those of these replicas that still are in the state in which they were judged."""
+
+    def these(state: sa.ColumnElement[bool]) -> tuple[sa.ColumnElement[bool], ...]:
+        there = Unguessed(replicas.c.endpoint_id == endpoint.id)
+        return removable.one_of(s, replicas.c.file_id, file_ids), there, Unguessed(state)
+
+    as_judged = sa.type_coerce(replicas.c.state, sa.SmallInteger()) == was
+    s.execute(replicas.update().where(*these(as_judged)).values(state=ReplicaState.DELETING))
+    # Nobody else marks any here while the endpoint is held, and none was marked when they were judged.
+    constants = {
+        "endpoint_id": endpoint.id,
+        "site_id": endpoint.site_id,
+        "state": DeletionState.QUEUED,
+        "was": ReplicaState(was),
+        "why": why,
+        "account_id": account_id,
+        "not_before": s.now + timedelta(seconds=endpoint.grace_seconds),
+        "created_at": s.now,
+    }
+    values = [sa.literal(value, deletions.c[name].type).label(name) for name, value in constants.items()]
+    marked = (
+        sa.select(replicas.c.file_id, replicas.c.generation, _size_of_file().label("size_bytes"), *values)
+        .where(*these(replicas.c.state == literal(ReplicaState.DELETING)))
+        .order_by(replicas.c.file_id)
+    )
+    made = deletions.insert().from_select(["file_id", "generation", "size_bytes", *constants], marked)
+    return s.execute(made.returning(deletions.c.id, deletions.c.file_id)).all()
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------
@@ -297,19 +300,22 @@ def ask(s: Session, actor: Actor, new: wire.NewDeletion) -> wire.Deletion:
             f"{did} has no replica at {endpoint.name}", hint=f"look where it is: `replica locate {did}`", field="did"
         )
     why = Why.LAST_COPY if new.last_copy else Why.ASKED
-    found = _judge(s, endpoint.id, [file_id], why).get(file_id)
-    if found is None:
+    with by_index(s):
+        found = _judge(s, endpoint.id, [file_id], why)
+    if not found:
         raise Conflict(f"{did} is being changed at this moment", hint="repeat the request")
-    reason = "not_deletable" if not endpoint.deletable else found.verdict
+    ((_, size, _, verdict),) = found
+    reason = "not_deletable" if not endpoint.deletable else verdict
     if reason not in _WHYS:
         message, hint = EXPLAINED[reason]
         raise Refused(f"{did} stays at {endpoint.name}: {message}", hint=hint)
-    if how_many(_place(s, endpoint), why, [found.size_bytes]) == 0:
+    if how_many(_place(s, endpoint), why, [size]) == 0:
         raise Refused(
             f"what may be deleted at {endpoint.name} within an hour is used up",
             hint="wait, or raise the endpoint's budget",
         )
-    _, ids = _mark(s, endpoint, [found], accounts.account_id(s, actor.account))
+    with by_index(s):
+        _, ids = _mark(s, endpoint, found, accounts.account_id(s, actor.account))
     if not ids:
         raise Conflict(f"{did} is being changed at this moment", hint="repeat the request")
     return get(s, ids[0])

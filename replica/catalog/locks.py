@@ -581,7 +581,7 @@ def stop_unfinished(s: Session, part: Part, is_wanted: Condition | None) -> None
         _stop(s, part.endpoint_id, unfinished)
 
 
-def _unfinished(s: Session, part: Part, is_wanted: Condition | None) -> Sequence[sa.Row[tuple[int, int, bool]]]:
+def _unfinished(s: Session, part: Part, is_wanted: Condition | None) -> Sequence[sa.Row[*tuple[Any, ...]]]:
     """`(file, bytes, copying)` of the replicas that are neither wanted nor there, which are held from here on."""
     size = sa.select(files.c.size_bytes).where(files.c.did_id == replicas.c.file_id).scalar_subquery()
     query = (
@@ -599,7 +599,7 @@ def _unfinished(s: Session, part: Part, is_wanted: Condition | None) -> Sequence
     return s.execute(query.with_for_update(of=replicas, key_share=True) if s.postgresql else query).all()
 
 
-def _stop(s: Session, endpoint_id: int, unfinished: Sequence[sa.Row[tuple[int, int, bool]]]) -> None:
+def _stop(s: Session, endpoint_id: int, unfinished: Sequence[sa.Row[*tuple[Any, ...]]]) -> None:
     query = (
         sa.select(transfers.c.id, transfers.c.file_id, Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
         .where(

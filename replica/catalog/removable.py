@@ -26,6 +26,7 @@ What is not excluded, because no database can: a copy that was good is found dam
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -33,12 +34,14 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from replica.catalog.bulk import ids_of
-from replica.catalog.membership import Unguessed, any_of, by_index, is_covered, literal
+from replica.catalog.membership import Computed, Unguessed, any_of, is_covered, literal
 from replica.catalog.provision import LIVE, is_live
 from replica.db.engine import Session
-from replica.db.tables import Instant, dids, endpoints, files, links, replicas, rules, transfers
+from replica.db.tables import Instant, contents, dids, endpoints, files, links, locks, replicas, rules, transfers
 from rules.deletion import AT_ONCE, BY_HAND, EXPLICIT, LEFTOVER_SECONDS, Why
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState
+
+_GONE_FOR_GOOD = dids.c.deleted_at.is_not(None), dids.c.final_at.is_(None)
 
 
 def one_of(s: Session, column: sa.ColumnElement[Any], ids: Collection[int]) -> sa.ColumnElement[bool]:
@@ -54,13 +57,47 @@ def one_of(s: Session, column: sa.ColumnElement[Any], ids: Collection[int]) -> s
     return column == sa.any_(sa.cast(array, ARRAY(sa.BigInteger())))
 
 
-def hold_files(s: Session, file_ids: Collection[int]) -> dict[int, int]:
-    """Hold the rows of these files, but those that somebody else holds; returns the sizes of those held now, by id."""
-    rows = sa.select(files.c.did_id, files.c.size_bytes).where(one_of(s, files.c.did_id, file_ids))
-    if s.postgresql:
-        rows = rows.order_by(files.c.did_id).with_for_update(key_share=True, skip_locked=True)
-    with by_index(s):
-        return {row.did_id: row.size_bytes for row in s.execute(rows)}
+def hold_files(s: Session, file_ids: Sequence[int]) -> Sequence[int]:
+    """Hold the rows of these files, but those that somebody else holds; returns the ids of those held. `by_index`."""
+    if not s.postgresql:
+        return file_ids
+    rows = sa.select(files.c.did_id).where(one_of(s, files.c.did_id, file_ids)).order_by(files.c.did_id)
+    held = rows.with_for_update(key_share=True, skip_locked=True).subquery()
+    if s.execute(sa.select(sa.func.count()).select_from(held)).scalar_one() == len(set(file_ids)):
+        return file_ids  # nearly always, and they need not be brought here
+    return s.execute(sa.select(held)).scalars().all()
+
+
+@dataclass(frozen=True, slots=True)
+class Possible:
+    """What may be true of some files of a batch. What is False here is true of none, and not asked of each."""
+
+    #: A lock there covers it.
+    locked: bool = True
+    #: A transfer of it has not ended.
+    travelling: bool = True
+    #: Its DID was deleted for good.
+    forgotten: bool = True
+
+
+def possible(s: Session, file_ids: Collection[int], endpoint_ids: Sequence[int]) -> Possible:
+    """The caller holds the endpoints and, before a decision, the files: so this is as good as a look at each of them.
+
+    A transfer of theirs may be made meanwhile, as it may be after that look: who hands out the order to delete asks
+    for it once more. `by_index`.
+    """
+    there = Unguessed(locks.c.endpoint_id.in_(endpoint_ids))
+    parents = (
+        sa.select(contents.c.parent_id).where(one_of(s, contents.c.child_id, file_ids)).distinct().subquery("parents")
+    )
+    above = sa.select(1).where(locks.c.unit_id == Computed(parents.c.parent_id), there)
+    of_parent = sa.select(1).select_from(parents).where(Unguessed(sa.exists(above.correlate(parents))))
+    of_file = sa.select(1).where(one_of(s, locks.c.unit_id, file_ids), there)
+    live = sa.select(1).where(one_of(s, transfers.c.file_id, file_ids), any_of(transfers.c.state, LIVE))
+    gone = sa.select(1).where(one_of(s, dids.c.id, file_ids), *map(Unguessed, _GONE_FOR_GOOD))
+    query = sa.select(sa.or_(sa.exists(of_parent), sa.exists(of_file)), sa.exists(live), sa.exists(gone))
+    locked, travelling, forgotten = s.execute(query).one()
+    return Possible(bool(locked), bool(travelling), bool(forgotten))
 
 
 def is_leftover() -> sa.ColumnElement[bool]:
@@ -71,19 +108,22 @@ def is_leftover() -> sa.ColumnElement[bool]:
     )
 
 
-def verdict(now: datetime, why: Why | None) -> sa.ColumnElement[str]:
+def verdict(now: datetime, why: Why | None, possible: Possible = Possible()) -> sa.ColumnElement[str]:
     """Of a row of `replicas`, whose endpoint may be deleted from."""
-    may_be_last = sa.or_(is_leftover(), sa.true() if why in EXPLICIT else is_forgotten())
+    forgotten = is_forgotten() if possible.forgotten else sa.false()
+    may_be_last = sa.or_(is_leftover(), sa.true() if why in EXPLICIT else forgotten)
     since = replicas.c.tombstone_at
     old = sa.literal(now - timedelta(seconds=LEFTOVER_SECONDS), Instant())
     guards: list[tuple[sa.ColumnElement[bool], Any]] = [
         (replicas.c.state == literal(ReplicaState.DELETING), "deleting"),
-        (is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked"),
-        (is_live(replicas.c.file_id, replicas.c.endpoint_id), "arriving"),
-        (is_being_read(), "being_read"),
-        (sa.not_(sa.or_(is_good_elsewhere(), may_be_last)), "last_copy"),
-        (sa.and_(is_last_source(), sa.not_(is_leftover())), "last_source"),
     ]
+    if possible.locked:
+        guards += [(is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked")]
+    if possible.travelling:
+        guards += [(is_live(replicas.c.file_id, replicas.c.endpoint_id), "arriving"), (is_being_read(), "being_read")]
+    guards += [(sa.not_(sa.or_(is_good_elsewhere(), may_be_last)), "last_copy")]
+    if possible.travelling:
+        guards += [(sa.and_(is_last_source(), sa.not_(is_leftover())), "last_source")]
     if why in BY_HAND:
         assert why is not None
         return _case(guards, why.value)
@@ -96,7 +136,7 @@ def verdict(now: datetime, why: Why | None) -> sa.ColumnElement[str]:
     ]
     if why is None:
         at_once = since == sa.literal(AT_ONCE, Instant())
-        return _case([*guards, (is_forgotten(), Why.FORGOTTEN.value), (at_once, Why.PURGE.value)], "not_needed")
+        return _case([*guards, (forgotten, Why.FORGOTTEN.value), (at_once, Why.PURGE.value)], "not_needed")
     return _case(guards, why.value)
 
 
@@ -161,7 +201,5 @@ def is_last_source() -> sa.ColumnElement[bool]:
 
 def is_forgotten() -> sa.ColumnElement[bool]:
     """The file's DID was deleted, and nobody can have it back any more (see replica.catalog.did_deletion)."""
-    found = sa.select(1).where(
-        dids.c.id == replicas.c.file_id, Unguessed(dids.c.deleted_at.is_not(None)), Unguessed(dids.c.final_at.is_(None))
-    )
+    found = sa.select(1).where(dids.c.id == replicas.c.file_id, *map(Unguessed, _GONE_FOR_GOOD))
     return Unguessed(sa.exists(found))

@@ -101,7 +101,8 @@ def _verdicts(s: Session, rows: Sequence[sa.Row[Any]]) -> dict[int, str]:
     """By deletion: go; locked: whoever locked it takes it back; busy: not now; last_copy: not any more.
 
     None of files that somebody else holds."""
-    free = set(removable.hold_files(s, [row.file_id for row in rows]))
+    with by_index(s):
+        free = set(removable.hold_files(s, [row.file_id for row in rows]))
     ids = [row.id for row in rows if row.file_id in free]
     if not ids:
         return {}
