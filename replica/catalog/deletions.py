@@ -107,18 +107,17 @@ def decide(s: Session, endpoint_id: int, after: Reached | None = None, limit: in
             window += _leftover_window(s, endpoint_id, limit)
         if not window:
             return Decided()
-        judged = {it[0]: it for it in _judge(s, endpoint_id, [row.file_id for row in window], place.why)}
-        in_order = [judged[row.file_id] for row in window if row.file_id in judged]
+        judged = {it[0]: it for it in _judge(s, endpoint_id, window, place.why)}
+        in_order = [judged[file_id] for file_id in window if file_id in judged]
         goes = [it for it in in_order if it[3] in _WHYS]
         allowed = how_many(place, place.why, [size for _, size, _, _ in goes])
         chosen, _ = _mark(s, endpoint, goes[:allowed])
-    last = window[-1]
     return Decided(
         looked_at=len(window),
         files=len(chosen),
         bytes=sum(size for _, size, _, _ in chosen),
         kept=Counter(verdict for _, _, _, verdict in in_order if verdict not in _WHYS),
-        reached=(last.since, last.accessed, last.file_id) if full and allowed == len(goes) else None,
+        reached=_place_in_order(s, endpoint_id, window[-1]) if full and allowed == len(goes) else None,
     )
 
 
@@ -160,11 +159,11 @@ def _place(s: Session, e: sa.Row[Any]) -> Place:
     )
 
 
-def _window(s: Session, endpoint_id: int, why: Why | None, after: Reached | None, limit: int) -> list[sa.Row[Any]]:
+def _window(s: Session, endpoint_id: int, why: Why | None, after: Reached | None, limit: int) -> list[int]:
     """The next of them in their order; what is not for everything that nobody protects is for what goes at once."""
     order = (_SINCE, _ACCESSED, replicas.c.file_id)
     query = (
-        sa.select(replicas.c.file_id, _SINCE.label("since"), _ACCESSED.label("accessed"))
+        sa.select(replicas.c.file_id)
         .where(
             replicas.c.endpoint_id == endpoint_id,
             replicas.c.tombstone_at.is_not(None),
@@ -176,7 +175,13 @@ def _window(s: Session, endpoint_id: int, why: Why | None, after: Reached | None
     )
     if after is not None:
         query = query.where(sa.tuple_(*order) > sa.tuple_(*(sa.literal(part, sa.BigInteger()) for part in after)))
-    return list(s.execute(query).all())
+    return list(s.execute(query).scalars().all())
+
+
+def _place_in_order(s: Session, endpoint_id: int, file_id: int) -> Reached:
+    this = replicas.c.file_id == file_id, replicas.c.endpoint_id == endpoint_id
+    since, accessed = s.execute(sa.select(_SINCE, _ACCESSED).where(*this)).one()
+    return since, accessed, file_id
 
 
 def _leftovers(s: Session) -> sa.Select[Any]:
@@ -188,11 +193,11 @@ def _leftovers(s: Session) -> sa.Select[Any]:
     )
 
 
-def _leftover_window(s: Session, endpoint_id: int, limit: int) -> list[sa.Row[Any]]:
-    query = _leftovers(s).with_only_columns(replicas.c.file_id, _SINCE.label("since"), _ACCESSED.label("accessed"))
+def _leftover_window(s: Session, endpoint_id: int, limit: int) -> list[int]:
+    query = _leftovers(s).with_only_columns(replicas.c.file_id)
     # What goes at once was in the window before.
     later = replicas.c.tombstone_at > AT_ONCE
-    return list(s.execute(query.where(replicas.c.endpoint_id == endpoint_id, later).limit(limit)).all())
+    return list(s.execute(query.where(replicas.c.endpoint_id == endpoint_id, later).limit(limit)).scalars().all())
 
 
 #: A replica, and what is to become of it: file, bytes, its state, the verdict. Plain, for there are many.
@@ -220,8 +225,8 @@ def _size_of_file() -> sa.ScalarSelect[int]:
 
 def _mark(
     s: Session, endpoint: sa.Row[Any], judged: Sequence[_Judged], account_id: int | None = None
-) -> tuple[Sequence[_Judged], list[int]]:
-    """Write down what shall go; the endpoint and the files are held. Returns what goes, and the deletions' ids.
+) -> tuple[Sequence[_Judged], int | None]:
+    """Write down what shall go; the endpoint and the files are held. Returns what goes, and the first deletion's id.
 
     The replicas are held from here on: one that somebody has found damaged since it was judged is left for later. Two
     statements for each state and reason there are. `by_index`.
@@ -229,18 +234,26 @@ def _mark(
     alike: dict[tuple[int, str], list[int]] = {}
     for file_id, _, was, verdict in judged:
         alike.setdefault((was, verdict), []).append(file_id)
-    made: list[Any] = []
+    marked: list[int] = []
     for (was, why), file_ids in sorted(alike.items()):
-        made += _write_down(s, endpoint, file_ids, was, why, account_id)
-    if not made:
-        return [], []
-    marked = {file_id for _, file_id in made}
-    chosen = judged if len(marked) == len(judged) else [it for it in judged if it[0] in marked]
-    ids = [id_ for id_, _ in made]
+        marked += _write_down(s, endpoint, file_ids, was, why, account_id)
+    if not marked:
+        return [], None
+    chosen = judged
+    if len(marked) < len(judged):
+        still = set(marked)
+        chosen = [it for it in judged if it[0] in still]
+    first = s.execute(
+        sa.select(deletions.c.id).where(
+            deletions.c.file_id == min(marked),
+            Unguessed(deletions.c.endpoint_id == endpoint.id),
+            any_of(deletions.c.state, LIVE),
+        )
+    ).scalar_one()
     outbox.record(
         s,
         "deletion.decided",
-        min(ids),
+        first,
         account_id,
         endpoint=endpoint.name,
         files=len(chosen),
@@ -249,17 +262,18 @@ def _mark(
     )
     if endpoint.grace_seconds == 0:
         wake_sites(s, {endpoint.site_id})
-    return chosen, ids
+    return chosen, first
 
 
 def _write_down(
     s: Session, endpoint: sa.Row[Any], file_ids: Sequence[int], was: int, why: str, account_id: int | None
-) -> Sequence[sa.Row[Any]]:
-    """`(deletion, file)` of those of these replicas that still are in the state in which they were judged."""
+) -> Sequence[int]:
+    """The files of those of these replicas that still were in the state in which they were judged."""
+    files = removable.among(s, file_ids)
 
     def these(state: sa.ColumnElement[bool]) -> tuple[sa.ColumnElement[bool], ...]:
         there = Unguessed(replicas.c.endpoint_id == endpoint.id)
-        return removable.one_of(s, replicas.c.file_id, file_ids), there, Unguessed(state)
+        return files(replicas.c.file_id), there, Unguessed(state)
 
     as_judged = sa.type_coerce(replicas.c.state, sa.SmallInteger()) == was
     s.execute(replicas.update().where(*these(as_judged)).values(state=ReplicaState.DELETING))
@@ -281,7 +295,9 @@ def _write_down(
         .order_by(replicas.c.file_id)
     )
     made = deletions.insert().from_select(["file_id", "generation", "size_bytes", *constants], marked)
-    return s.execute(made.returning(deletions.c.id, deletions.c.file_id)).all()
+    if s.execute(made).rowcount == len(file_ids):
+        return file_ids  # nearly always, and they need not be brought here
+    return s.execute(marked.with_only_columns(replicas.c.file_id)).scalars().all()
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------
@@ -315,10 +331,10 @@ def ask(s: Session, actor: Actor, new: wire.NewDeletion) -> wire.Deletion:
             hint="wait, or raise the endpoint's budget",
         )
     with by_index(s):
-        _, ids = _mark(s, endpoint, found, accounts.account_id(s, actor.account))
-    if not ids:
+        _, deletion_id = _mark(s, endpoint, found, accounts.account_id(s, actor.account))
+    if deletion_id is None:
         raise Conflict(f"{did} is being changed at this moment", hint="repeat the request")
-    return get(s, ids[0])
+    return get(s, deletion_id)
 
 
 def undo(s: Session, actor: Actor, deletion_id: int) -> wire.Deletion:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -38,7 +37,7 @@ from replica.catalog.membership import (
     units,
 )
 from replica.catalog.provision import LIVE, count_available, is_stuck
-from replica.catalog.removable import one_of
+from replica.catalog.removable import among, one_of
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import EPOCH, Instant, contents, dids, endpoints, files, locks, replicas, rules, transfers
@@ -627,8 +626,4 @@ def _parts_of(s: Session, pairs: Collection[tuple[int, int]]) -> Iterator[Part]:
     for file_id, endpoint_id in pairs:
         by_endpoint.setdefault(endpoint_id, set()).add(file_id)
     for endpoint_id, file_ids in sorted(by_endpoint.items()):
-        yield Part(endpoint_id, partial(_is_one_of, s, file_ids))
-
-
-def _is_one_of(s: Session, ids: Collection[int], column: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
-    return one_of(s, column, ids)
+        yield Part(endpoint_id, among(s, file_ids))

@@ -25,7 +25,7 @@ What is not excluded, because no database can: a copy that was good is found dam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -41,20 +41,26 @@ from replica.db.tables import Instant, contents, dids, endpoints, files, links, 
 from rules.deletion import AT_ONCE, BY_HAND, EXPLICIT, LEFTOVER_SECONDS, Why
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState
 
-_GONE_FOR_GOOD = dids.c.deleted_at.is_not(None), dids.c.final_at.is_(None)
-
 
 def one_of(s: Session, column: sa.ColumnElement[Any], ids: Collection[int]) -> sa.ColumnElement[bool]:
-    """The column has one of these numbers; looked up by an index that begins with it.
+    return among(s, ids)(column)
+
+
+def among(s: Session, ids: Collection[int]) -> Callable[[sa.ColumnElement[Any]], sa.ColumnElement[bool]]:
+    """Of a column, whether it has one of these numbers; looked up by an index that begins with it.
 
     Not a join with the batch: PostgreSQL knows little of a batch, and would now and then rather walk through all
     replicas there are.
     """
     wanted = sorted(set(ids))
     if not s.postgresql:
-        return column.in_(sa.select(ids_of(s, "one_of", wanted).c.id))
-    array = sa.bindparam(None, f"{{{','.join(map(str, wanted))}}}", sa.Text(), unique=True)
-    return column == sa.any_(sa.cast(array, ARRAY(sa.BigInteger())))
+        return lambda column: column.in_(sa.select(ids_of(s, "one_of", wanted).c.id))
+    text = f"{{{','.join(map(str, wanted))}}}"
+
+    def is_one(column: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+        return column == sa.any_(sa.cast(sa.bindparam(None, text, sa.Text(), unique=True), ARRAY(sa.BigInteger())))
+
+    return is_one
 
 
 def hold_files(s: Session, file_ids: Sequence[int]) -> Sequence[int]:
@@ -76,8 +82,6 @@ class Possible:
     locked: bool = True
     #: A transfer of it has not ended.
     travelling: bool = True
-    #: Its DID was deleted for good.
-    forgotten: bool = True
 
 
 def possible(s: Session, file_ids: Collection[int], endpoint_ids: Sequence[int]) -> Possible:
@@ -86,18 +90,24 @@ def possible(s: Session, file_ids: Collection[int], endpoint_ids: Sequence[int])
     A transfer of theirs may be made meanwhile, as it may be after that look: who hands out the order to delete asks
     for it once more. `by_index`.
     """
+    these = among(s, file_ids)
     there = Unguessed(locks.c.endpoint_id.in_(endpoint_ids))
-    parents = (
-        sa.select(contents.c.parent_id).where(one_of(s, contents.c.child_id, file_ids)).distinct().subquery("parents")
-    )
-    above = sa.select(1).where(locks.c.unit_id == Computed(parents.c.parent_id), there)
-    of_parent = sa.select(1).select_from(parents).where(Unguessed(sa.exists(above.correlate(parents))))
-    of_file = sa.select(1).where(one_of(s, locks.c.unit_id, file_ids), there)
-    live = sa.select(1).where(one_of(s, transfers.c.file_id, file_ids), any_of(transfers.c.state, LIVE))
-    gone = sa.select(1).where(one_of(s, dids.c.id, file_ids), *map(Unguessed, _GONE_FOR_GOOD))
-    query = sa.select(sa.or_(sa.exists(of_parent), sa.exists(of_file)), sa.exists(live), sa.exists(gone))
-    locked, travelling, forgotten = s.execute(query).one()
-    return Possible(bool(locked), bool(travelling), bool(forgotten))
+    # Computed, or PostgreSQL would read all contents there are in the order of the parents.
+    parent_id = Computed(contents.c.parent_id)
+    parents = sa.select(parent_id.label("id")).where(these(contents.c.child_id)).distinct().subquery("parents")
+    above = sa.exists(sa.select(1).where(locks.c.unit_id == parents.c.id, there).correlate(parents))
+
+    # Counted, not asked whether there is one: for the first of many it would rather read a table from its beginning.
+    def number(of: sa.FromClause, *where: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
+        return sa.select(sa.func.count()).select_from(of).where(*where).scalar_subquery()
+
+    locked, travelling = s.execute(
+        sa.select(
+            number(parents, Unguessed(above)) + number(locks, these(locks.c.unit_id), there),
+            number(transfers, these(transfers.c.file_id), any_of(transfers.c.state, LIVE)),
+        )
+    ).one()
+    return Possible(bool(locked), bool(travelling))
 
 
 def is_leftover() -> sa.ColumnElement[bool]:
@@ -110,8 +120,7 @@ def is_leftover() -> sa.ColumnElement[bool]:
 
 def verdict(now: datetime, why: Why | None, possible: Possible = Possible()) -> sa.ColumnElement[str]:
     """Of a row of `replicas`, whose endpoint may be deleted from."""
-    forgotten = is_forgotten() if possible.forgotten else sa.false()
-    may_be_last = sa.or_(is_leftover(), sa.true() if why in EXPLICIT else forgotten)
+    may_be_last = sa.or_(is_leftover(), sa.true() if why in EXPLICIT else is_forgotten())
     since = replicas.c.tombstone_at
     old = sa.literal(now - timedelta(seconds=LEFTOVER_SECONDS), Instant())
     guards: list[tuple[sa.ColumnElement[bool], Any]] = [
@@ -136,7 +145,7 @@ def verdict(now: datetime, why: Why | None, possible: Possible = Possible()) -> 
     ]
     if why is None:
         at_once = since == sa.literal(AT_ONCE, Instant())
-        return _case([*guards, (forgotten, Why.FORGOTTEN.value), (at_once, Why.PURGE.value)], "not_needed")
+        return _case([*guards, (is_forgotten(), Why.FORGOTTEN.value), (at_once, Why.PURGE.value)], "not_needed")
     return _case(guards, why.value)
 
 
@@ -201,5 +210,7 @@ def is_last_source() -> sa.ColumnElement[bool]:
 
 def is_forgotten() -> sa.ColumnElement[bool]:
     """The file's DID was deleted, and nobody can have it back any more (see replica.catalog.did_deletion)."""
-    found = sa.select(1).where(dids.c.id == replicas.c.file_id, *map(Unguessed, _GONE_FOR_GOOD))
+    found = sa.select(1).where(
+        dids.c.id == replicas.c.file_id, Unguessed(dids.c.deleted_at.is_not(None)), Unguessed(dids.c.final_at.is_(None))
+    )
     return Unguessed(sa.exists(found))
