@@ -37,7 +37,7 @@ from replica.catalog.membership import (
     units,
 )
 from replica.catalog.provision import LIVE, count_available, is_stuck
-from replica.catalog.removable import among, one_of
+from replica.catalog.removable import Choice, among, one_of
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
 from replica.db.tables import EPOCH, Instant, contents, dids, endpoints, files, locks, replicas, rules, transfers
@@ -494,8 +494,6 @@ def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
 
 #: Of a unit, as `after` and `upto`: all files.
 WHOLE = (0, 2**63 - 1)
-#: Of a column of file ids: whether it is one of these.
-Choice = Callable[[sa.ColumnElement[int]], sa.ColumnElement[bool]]
 #: Of a file and an endpoint.
 Condition = Callable[[sa.ColumnElement[int], sa.ColumnElement[int]], sa.ColumnElement[bool]]
 

@@ -46,7 +46,11 @@ def one_of(s: Session, column: sa.ColumnElement[Any], ids: Collection[int]) -> s
     return among(s, ids)(column)
 
 
-def among(s: Session, ids: Collection[int]) -> Callable[[sa.ColumnElement[Any]], sa.ColumnElement[bool]]:
+#: Of a column of ids: whether it is one of these.
+Choice = Callable[[sa.ColumnElement[Any]], sa.ColumnElement[bool]]
+
+
+def among(s: Session, ids: Collection[int]) -> Choice:
     """Of a column, whether it has one of these numbers; looked up by an index that begins with it.
 
     Not a join with the batch: PostgreSQL knows little of a batch, and would now and then rather walk through all
@@ -91,23 +95,27 @@ def possible(s: Session, file_ids: Collection[int], endpoint_ids: Sequence[int])
     for it once more. `by_index`.
     """
     these = among(s, file_ids)
+    live = sa.select(sa.func.count()).where(these(transfers.c.file_id), any_of(transfers.c.state, LIVE))
+    locked, travelling = s.execute(sa.select(_number_of_locks(these, endpoint_ids), live.scalar_subquery())).one()
+    return Possible(bool(locked), bool(travelling))
+
+
+def may_be_locked(s: Session, file_ids: Collection[int], endpoint_ids: Sequence[int]) -> bool:
+    """Whether any of these files has a lock at any of these endpoints, which the caller holds. `by_index`."""
+    return bool(s.execute(sa.select(_number_of_locks(among(s, file_ids), endpoint_ids))).scalar_one())
+
+
+def _number_of_locks(these: Choice, endpoint_ids: Sequence[int]) -> sa.ColumnElement[int]:
+    """On the files, and on what holds them. Counted, not asked whether there is one: for the first of many PostgreSQL
+    would rather read a table from its beginning. Computed, or it would read all contents in the order of the parents.
+    """
     there = Unguessed(locks.c.endpoint_id.in_(endpoint_ids))
-    # Computed, or PostgreSQL would read all contents there are in the order of the parents.
     parent_id = Computed(contents.c.parent_id)
     parents = sa.select(parent_id.label("id")).where(these(contents.c.child_id)).distinct().subquery("parents")
     above = sa.exists(sa.select(1).where(locks.c.unit_id == parents.c.id, there).correlate(parents))
-
-    # Counted, not asked whether there is one: for the first of many it would rather read a table from its beginning.
-    def number(of: sa.FromClause, *where: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
-        return sa.select(sa.func.count()).select_from(of).where(*where).scalar_subquery()
-
-    locked, travelling = s.execute(
-        sa.select(
-            number(parents, Unguessed(above)) + number(locks, these(locks.c.unit_id), there),
-            number(transfers, these(transfers.c.file_id), any_of(transfers.c.state, LIVE)),
-        )
-    ).one()
-    return Possible(bool(locked), bool(travelling))
+    of_parents = sa.select(sa.func.count()).select_from(parents).where(Unguessed(above))
+    of_files = sa.select(sa.func.count()).select_from(locks).where(these(locks.c.unit_id), there)
+    return of_parents.scalar_subquery() + of_files.scalar_subquery()
 
 
 def is_leftover() -> sa.ColumnElement[bool]:

@@ -13,7 +13,7 @@ Partner   workers.removing; replica.catalog.deletions decides; replica.catalog.r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from replica import wire
 from replica.catalog import guards, outbox, provision, removable, revival, sites
-from replica.catalog.bulk import Columns, ids_of, rows_of
+from replica.catalog.bulk import Columns, rows_of
 from replica.catalog.membership import Unguessed, any_of, by_index, is_covered, is_wished, literal, of_pair
 from replica.catalog.provision import PAIR
 from replica.db.engine import Session
@@ -47,7 +47,15 @@ _NEEDED = tuple(
     deletions.c[name]
     for name in ("id", "file_id", "endpoint_id", "generation", "size_bytes", "was", "attempts", "worker", "epoch")
 )
+#: Of a deletion that has ended well: its id, file, endpoint, generation and bytes. Plain, for there are many.
+_Done = tuple[int, int, int, int, int]
+_EXPLICIT = frozenset(why.value for why in EXPLICIT)
 _CLAIMED = deletions.c.state == literal(DeletionState.CLAIMED)
+
+
+def _tuples(rows: Sequence[sa.Row[*tuple[Any, ...]]]) -> Sequence[Any]:
+    """Rows of the database are tuples of any length to the type checker."""
+    return rows
 
 
 # --- orders ---------------------------------------------------------------------------------------------------------
@@ -58,12 +66,13 @@ def claim(s: Session, site_id: int, claim: wire.DeletionClaim, *, lease_seconds:
     rows, more = _take(s, site_id, claim.limit)
     orders: list[wire.DeletionOrder] = []
     if rows:
-        verdicts = _verdicts(s, rows)
-        go = [row for row in rows if verdicts.get(row.id) == "go"]
-        _lease(s, [row.id for row in go], claim.worker, lease_seconds)
-        _put_off(s, [row.id for row in rows if verdicts.get(row.id, "held") in ("held", "locked", "busy")])
-        _refuse(s, [row for row in rows if verdicts.get(row.id) == "last_copy"])
-        orders = _orders(s, [row.id for row in go])
+        with by_index(s):
+            verdicts = _verdicts(s, rows)
+            go = [row.id for row in rows if verdicts.get(row.id) == "go"]
+            _lease(s, go, claim.worker, lease_seconds)
+            _put_off(s, [row.id for row in rows if verdicts.get(row.id, "held") in ("held", "locked", "busy")])
+            _refuse(s, [row for row in rows if verdicts.get(row.id) == "last_copy"])
+            orders = _orders(s, go)
     sites.seen(s, site_id)
     return wire.DeletionOrders(orders=orders, lease_seconds=lease_seconds, more=more)
 
@@ -77,7 +86,7 @@ def _take(s: Session, site_id: int, limit: int) -> tuple[Sequence[sa.Row[Any]], 
         deletions.c.endpoint_id.in_(sa.select(endpoints.c.id).where(endpoints.c.deletable)),
     )
     query = (
-        sa.select(deletions.c.id, deletions.c.file_id, deletions.c.endpoint_id, deletions.c.why)
+        sa.select(deletions.c.id, deletions.c.file_id, deletions.c.endpoint_id, deletions.c.why, deletions.c.was)
         .where(*due)
         .order_by(deletions.c.not_before, deletions.c.id)
         .limit(limit + 1)
@@ -101,45 +110,48 @@ def _verdicts(s: Session, rows: Sequence[sa.Row[Any]]) -> dict[int, str]:
     """By deletion: go; locked: whoever locked it takes it back; busy: not now; last_copy: not any more.
 
     None of files that somebody else holds."""
-    with by_index(s):
-        free = set(removable.hold_files(s, [row.file_id for row in rows]))
-    ids = [row.id for row in rows if row.file_id in free]
-    if not ids:
+    free = set(removable.hold_files(s, [row.file_id for row in rows]))
+    if not free:
         return {}
-    was_leftover = sa.and_(
-        deletions.c.was == literal(ReplicaState.COPYING),
-        replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
-    )
-    explicit = deletions.c.why.in_([why.value for why in EXPLICIT])
-    may_be_last = sa.or_(explicit, was_leftover, removable.is_forgotten())
-    verdict = sa.case(
-        (is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked"),
-        (removable.is_being_read(), "busy"),
-        (sa.not_(sa.or_(removable.is_good_elsewhere(), may_be_last)), "last_copy"),
-        (sa.and_(sa.not_(was_leftover), removable.is_last_source()), "busy"),
-        else_="go",
-    )
-    query = (
-        sa.select(deletions.c.id, verdict.label("verdict"))
-        .select_from(deletions)
-        .join(replicas, _its_replica())
-        .where(removable.one_of(s, deletions.c.id, ids))
-    )
-    with by_index(s):
-        return {row.id: row.verdict for row in s.execute(query)}
+    maybe = removable.possible(s, free, sorted({row.endpoint_id for row in rows}))
+    alike: dict[tuple[bool, bool], dict[tuple[int, int], int]] = {}
+    for row in rows:
+        if row.file_id in free:
+            kind = row.was is ReplicaState.COPYING, row.why in _EXPLICIT
+            alike.setdefault(kind, {})[row.file_id, row.endpoint_id] = row.id
+    found: dict[int, str] = {}
+    for (was_copying, explicit), ids in sorted(alike.items()):
+        batch = rows_of(s, "asked_again", PAIR, sorted(ids))
+        pair = sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id)
+        query = sa.select(replicas.c.file_id, replicas.c.endpoint_id, _verdict(was_copying, explicit, maybe)).where(
+            removable.one_of(s, replicas.c.file_id, [file_id for file_id, _ in ids]),
+            Unguessed(pair.in_(sa.select(batch))),
+        )
+        found |= {ids[file_id, endpoint_id]: said for file_id, endpoint_id, said in _tuples(s.execute(query).all())}
+    return found
 
 
-def _its_replica() -> sa.ColumnElement[bool]:
-    return of_pair(deletions)
+def _verdict(was_copying: bool, explicit: bool, maybe: removable.Possible) -> sa.ColumnElement[str]:
+    no_declared = replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED))
+    was_leftover = no_declared if was_copying else sa.false()
+    may_be_last = sa.true() if explicit else sa.or_(was_leftover, removable.is_forgotten())
+    tests: list[tuple[sa.ColumnElement[bool], str]] = []
+    if maybe.locked:
+        tests.append((is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked"))
+    if maybe.travelling:
+        tests.append((removable.is_being_read(), "busy"))
+    tests.append((sa.not_(sa.or_(removable.is_good_elsewhere(), may_be_last)), "last_copy"))
+    if maybe.travelling:
+        tests.append((sa.and_(sa.not_(was_leftover), removable.is_last_source()), "busy"))
+    return sa.case(*((test, sa.literal_column(f"'{said}'")) for test, said in tests), else_=sa.literal_column("'go'"))
 
 
 def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) -> None:
     if not ids:
         return
-    batch = ids_of(s, "leased", ids)
     s.execute(
         deletions.update()
-        .where(deletions.c.id == batch.c.id)
+        .where(removable.one_of(s, deletions.c.id, ids))
         .values(
             state=DeletionState.CLAIMED,
             epoch=deletions.c.epoch + 1,
@@ -152,9 +164,8 @@ def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) ->
 
 def _put_off(s: Session, ids: Sequence[int]) -> None:
     if ids:
-        batch = ids_of(s, "put_off", ids)
         later = s.now + timedelta(seconds=PUT_OFF_SECONDS)
-        s.execute(deletions.update().where(deletions.c.id == batch.c.id).values(not_before=later))
+        s.execute(deletions.update().where(removable.one_of(s, deletions.c.id, ids)).values(not_before=later))
 
 
 def _refuse(s: Session, rows: Sequence[sa.Row[Any]]) -> None:
@@ -168,6 +179,13 @@ def _refuse(s: Session, rows: Sequence[sa.Row[Any]]) -> None:
 def _orders(s: Session, ids: Sequence[int]) -> list[wire.DeletionOrder]:
     if not ids:
         return []
+
+    # One value each, looked up row by row: a join might read all replicas and DIDs there are.
+    def of(column: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
+        return sa.select(column).where(*where).scalar_subquery()
+
+    its = dids.c.id == deletions.c.file_id
+    of_replica = replicas.c.file_id == deletions.c.file_id, replicas.c.endpoint_id == deletions.c.endpoint_id
     query = (
         sa.select(
             deletions.c.id,
@@ -175,24 +193,20 @@ def _orders(s: Session, ids: Sequence[int]) -> list[wire.DeletionOrder]:
             deletions.c.generation,
             deletions.c.size_bytes,
             deletions.c.was,
-            replicas.c.path,
-            dids.c.name,
-            scopes.c.name.label("scope"),
+            of(replicas.c.path, *of_replica).label("path"),
+            of(dids.c.name, its).label("name"),
+            of(scopes.c.name, its, scopes.c.id == dids.c.scope_id).label("scope"),
             endpoints.c.name.label("endpoint"),
             endpoints.c.url,
             endpoints.c.layout,
         )
         .select_from(deletions)
-        .join(replicas, _its_replica())
-        .join(dids, dids.c.id == deletions.c.file_id)
-        .join(scopes, scopes.c.id == dids.c.scope_id)
         .join(endpoints, endpoints.c.id == deletions.c.endpoint_id)
         .where(removable.one_of(s, deletions.c.id, ids))
         .order_by(deletions.c.id)
     )
     orders = []
-    with by_index(s):
-        found = s.execute(query).all()
+    found = s.execute(query).all()
     for row in found:
         did = Did(row.scope, row.name)
         orders.append(
@@ -270,19 +284,56 @@ def report(
     said = {outcome.deletion: outcome for outcome in report.outcomes}
     if len(said) < len(report.outcomes):
         raise Invalid("a deletion is reported twice in one batch", hint="report each once", field="outcomes")
-    columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
-    batch = rows_of(s, "deletion_outcomes", columns, sorted((o.deletion, o.epoch) for o in report.outcomes))
-    current = _current(batch, site_id)
+    removed = {id_: outcome.epoch for id_, outcome in said.items() if outcome.outcome == "removed"}
+    others = sorted((id_, outcome.epoch) for id_, outcome in said.items() if id_ not in removed)
+    with by_index(s):
+        _hold_endpoints(s, site_id, said)
+        if others and s.postgresql:  # all in one order, though they end in two ways
+            every = sa.select(deletions.c.id).where(removable.one_of(s, deletions.c.id, said)).order_by(deletions.c.id)
+            s.execute(every.with_for_update(key_share=True)).all()
+        done = _done(s, site_id, removed)
     endings = []
-    for row in _hold(s, current):
-        ending, outcome = _Ending.of(row), said[row.id]
-        _decide(s, ending, outcome, fraction, policy)
-        endings.append(ending)
+    if others:
+        columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
+        current = _current(rows_of(s, "deletion_outcomes", columns, others), site_id)
+        for row in s.execute(current).all():
+            ending = _Ending.of(row)
+            _decide(s, ending, said[row.id], fraction, policy)
+            endings.append(ending)
+    _forget(s, done)
     _carry_out(s, endings)
-    accepted = {ending.id for ending in endings}
-    return wire.ReportAnswer(
-        accepted=len(accepted), stale=[o.deletion for o in report.outcomes if o.deletion not in accepted]
+    accepted = {id_ for id_, *_ in done} | {ending.id for ending in endings}
+    return wire.ReportAnswer(accepted=len(accepted), stale=[id_ for id_ in said if id_ not in accepted])
+
+
+def _hold_endpoints(s: Session, site_id: int, ids: Collection[int]) -> None:
+    """Of these deletions: what changes the replicas is in their order."""
+    if s.postgresql:
+        where = removable.one_of(s, deletions.c.id, ids), Unguessed(deletions.c.site_id == site_id)
+        guards.change_endpoints(
+            s, s.execute(sa.select(deletions.c.endpoint_id).where(*where).distinct()).scalars().all()
+        )
+
+
+def _done(s: Session, site_id: int, removed: Mapping[int, int]) -> Sequence[_Done]:
+    """Those of these, id → epoch, that are this site's and claimed with that epoch have ended."""
+    if not removed:
+        return ()
+    if s.postgresql:  # else it might go by place on the disk: here, too, the rows are held in the order of their ids
+        s.execute(sa.text("SET LOCAL enable_bitmapscan = off"))
+    columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
+    batch = rows_of(s, "deletions_done", columns, sorted(removed.items()))
+    current = sa.tuple_(deletions.c.id, deletions.c.epoch).in_(sa.select(batch))
+    ended = (
+        deletions.update()
+        .where(
+            removable.one_of(s, deletions.c.id, removed),
+            *map(Unguessed, (current, deletions.c.site_id == site_id, _CLAIMED)),
+        )
+        .values(state=DeletionState.DONE, finished_at=s.now, lease_until=None, reason=None)
+        .returning(*(deletions.c[name] for name in ("id", "file_id", "endpoint_id", "generation", "size_bytes")))
     )
+    return _tuples(s.execute(ended).all())
 
 
 def expire_leases(s: Session, policy: RetryPolicy = DEFAULT_POLICY) -> int:
@@ -316,7 +367,7 @@ def _decide(s: Session, ending: _Ending, outcome: wire.DeletionOutcome, fraction
     ending.not_before = s.now
     match outcome.outcome:
         case "removed":
-            ending.state = DeletionState.DONE
+            raise AssertionError("it has ended already")
         case "given_back":
             ending.attempts = max(0, ending.attempts - 1)
         case _:
@@ -335,17 +386,13 @@ def _carry_out(s: Session, endings: Sequence[_Ending]) -> None:
     if not endings:
         return
     _not_again(s, [ending for ending in endings if ending.state is DeletionState.QUEUED])
-    done = [ending for ending in endings if ending.state is DeletionState.DONE]
     failed = [ending for ending in endings if ending.state is DeletionState.FAILED]
     undone = [ending for ending in endings if ending.state is DeletionState.UNDONE]
-    if done:
-        _forget(s, done)
     if failed or undone:
         _give_up(s, [*failed, *undone])
     _end(s, endings)
-    _tell(s, "deletion.done", done)
-    _tell(s, "deletion.failed", failed)
-    _tell(s, "deletion.undone", undone)
+    _tell(s, "deletion.failed", [(e.id, e.endpoint_id, e.size) for e in failed])
+    _tell(s, "deletion.undone", [(e.id, e.endpoint_id, e.size) for e in undone])
 
 
 def _not_again(s: Session, queued: Sequence[_Ending]) -> None:
@@ -363,29 +410,18 @@ def _not_again(s: Session, queued: Sequence[_Ending]) -> None:
             ending.reason = f"a rule wants it again{before}"[:2_000]
 
 
-def _forget(s: Session, done: Sequence[_Ending]) -> None:
+def _forget(s: Session, done: Sequence[_Done]) -> None:
     """The bytes are gone. The replicas go, too; those that a rule wants again are on their way again."""
-    columns: Columns = {**PAIR, "generation": sa.Integer()}
-    rows = sorted((e.file_id, e.endpoint_id, e.generation) for e in done)
-    batch = rows_of(s, "removed", columns, rows)
-    replica = sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id, replicas.c.generation)
-    meant = (
-        removable.one_of(s, replicas.c.file_id, [ending.file_id for ending in done]),
-        Unguessed(replica.in_(sa.select(batch))),
-        Unguessed(replicas.c.state == literal(ReplicaState.DELETING)),
-    )
-    # What a rule that has ended still locks it may have released already: nobody would clear the row away.
-    covered = is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_ended=True)
+    if not done:
+        return
+    size = {(file_id, endpoint_id): size_bytes for _, file_id, endpoint_id, _, size_bytes in done}
     with by_index(s):
-        gone = s.execute(
-            replicas.delete().where(*meant, sa.not_(covered)).returning(replicas.c.file_id, replicas.c.endpoint_id)
-        ).all()
-    size = {(ending.file_id, ending.endpoint_id): ending.size for ending in done}
+        gone = _remove(s, done, sorted({endpoint_id for _, endpoint_id in size}))
+        _end_transfers(s, gone)
     freed: Counter[int] = Counter()
-    for file_id, endpoint_id in gone:
-        freed[endpoint_id] -= size.pop((file_id, endpoint_id))
+    for pair in gone:
+        freed[pair[1]] -= size.pop(pair)
     provision.book(s, freed)
-    _end_transfers(s, [(row.file_id, row.endpoint_id) for row in gone])
     if size:
         again = rows_of(s, "wanted_again", PAIR, sorted(size))
         s.execute(
@@ -400,6 +436,26 @@ def _forget(s: Session, done: Sequence[_Ending]) -> None:
             )
         )
         _let_go(s, again)
+    _tell(s, "deletion.done", [(id_, endpoint_id, size_bytes) for id_, _, endpoint_id, _, size_bytes in done])
+
+
+def _remove(s: Session, done: Sequence[_Done], endpoint_ids: Sequence[int]) -> Sequence[tuple[int, int]]:
+    """The replicas that were meant and that no rule wants again; returns their files and endpoints."""
+    columns: Columns = {**PAIR, "generation": sa.Integer()}
+    batch = rows_of(s, "removed", columns, sorted((f, e, generation) for _, f, e, generation, _ in done))
+    file_ids = [file_id for _, file_id, _, _, _ in done]
+    replica = sa.tuple_(replicas.c.file_id, replicas.c.endpoint_id, replicas.c.generation)
+    meant = [
+        removable.one_of(s, replicas.c.file_id, file_ids),
+        Unguessed(replica.in_(sa.select(batch))),
+        Unguessed(replicas.c.state == literal(ReplicaState.DELETING)),
+    ]
+    if removable.may_be_locked(s, file_ids, endpoint_ids):
+        # What a rule that has ended still locks it may have released already: nobody would clear the row away.
+        covered = is_covered(replicas.c.file_id, replicas.c.endpoint_id, ignoring_ended=True)
+        meant.append(sa.not_(covered))
+    gone = replicas.delete().where(*meant).returning(replicas.c.file_id, replicas.c.endpoint_id)
+    return [(file_id, endpoint_id) for file_id, endpoint_id in _tuples(s.execute(gone).all())]
 
 
 def _give_up(s: Session, failed: Sequence[_Ending]) -> None:
@@ -444,9 +500,9 @@ def _end_transfers(s: Session, gone: Sequence[tuple[int, int]]) -> None:
         return
     batch = rows_of(s, "gone", PAIR, sorted(gone))
     live = sa.and_(
-        transfers.c.file_id == batch.c.file_id,
-        Unguessed(transfers.c.target_id == batch.c.endpoint_id),
+        removable.one_of(s, transfers.c.file_id, [file_id for file_id, _ in gone]),
         any_of(transfers.c.state, provision.LIVE),
+        Unguessed(sa.tuple_(transfers.c.file_id, transfers.c.target_id).in_(sa.select(batch))),
     )
     provision.cancel(s, live, "not_wanted", "the replica was deleted")
 
@@ -479,14 +535,14 @@ def _end(s: Session, endings: Sequence[_Ending]) -> None:
     )
 
 
-def _tell(s: Session, kind: str, some: Sequence[_Ending]) -> None:
-    """One event for each endpoint, under the number of the first of these deletions."""
-    found: dict[int, list[_Ending]] = {}
-    for ending in some:
-        found.setdefault(ending.endpoint_id, []).append(ending)
+def _tell(s: Session, kind: str, some: Sequence[tuple[int, int, int]]) -> None:
+    """Of `(deletion, endpoint, bytes)`: one event for each endpoint, under the number of the first of its deletions."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for id_, endpoint_id, size in some:
+        found.setdefault(endpoint_id, []).append((id_, size))
     if found:
         names = sa.select(endpoints.c.id, endpoints.c.name).where(endpoints.c.id.in_(sorted(found)))
         for endpoint_id, name in s.execute(names).all():
             mine = found[endpoint_id]
-            size = sum(ending.size for ending in mine)
-            outbox.record(s, kind, min(e.id for e in mine), endpoint=name, files=len(mine), bytes=size)
+            size = sum(size for _, size in mine)
+            outbox.record(s, kind, min(id_ for id_, _ in mine), endpoint=name, files=len(mine), bytes=size)
