@@ -426,10 +426,12 @@ def _make_available(s: Session, done: list[_Ending]) -> sa.FromClause:
         .where(of_pair(mine))
         .values(state=ReplicaState.AVAILABLE, evidence=Evidence.COPIED, verified_at=s.now)
         .returning(replicas.c.file_id, replicas.c.endpoint_id)
-    ).all()
-    if len(changed) == len(done):
+    )
+    if s.postgresql and changed.rowcount == len(done):  # told without a look at the rows
+        changed.close()
         return batch
-    return rows_of(s, "came", PAIR, [(row.file_id, row.endpoint_id) for row in changed])
+    came = [(row.file_id, row.endpoint_id) for row in changed]
+    return batch if len(came) == len(done) else rows_of(s, "came", PAIR, came)
 
 
 def _learn(s: Session, done: list[_Ending]) -> None:
