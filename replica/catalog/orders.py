@@ -86,8 +86,8 @@ class _World:
 
 def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
     """Take up to `limit` transfers of the site, the most urgent first."""
-    walk_by_index(s)
     _put_aside(s, site_id)
+    walk_by_index(s)
     rows, more = _take(s, site_id, claim)
     orders: list[wire.Order] = []
     if rows:
