@@ -276,7 +276,7 @@ def _write_down(
         return files(replicas.c.file_id), there, Unguessed(state)
 
     as_judged = sa.type_coerce(replicas.c.state, sa.SmallInteger()) == was
-    s.execute(replicas.update().where(*these(as_judged)).values(state=ReplicaState.DELETING))
+    changed = s.execute(replicas.update().where(*these(as_judged)).values(state=ReplicaState.DELETING)).rowcount
     # Nobody else marks any here while the endpoint is held, and none was marked when they were judged.
     constants = {
         "endpoint_id": endpoint.id,
@@ -295,7 +295,8 @@ def _write_down(
         .order_by(replicas.c.file_id)
     )
     made = deletions.insert().from_select(["file_id", "generation", "size_bytes", *constants], marked)
-    if s.execute(made).rowcount == len(file_ids):
+    s.execute(made)
+    if changed == len(file_ids):
         return file_ids  # nearly always, and they need not be brought here
     return s.execute(marked.with_only_columns(replicas.c.file_id)).scalars().all()
 

@@ -289,9 +289,11 @@ def report(
     with by_index(s):
         _hold_endpoints(s, site_id, said)
         if others and s.postgresql:  # all in one order, though they end in two ways
-            every = sa.select(deletions.c.id).where(removable.one_of(s, deletions.c.id, said)).order_by(deletions.c.id)
+            these = removable.one_of(s, deletions.c.id, said), Unguessed(deletions.c.site_id == site_id)
+            every = sa.select(deletions.c.id).where(*these).order_by(deletions.c.id)
             s.execute(every.with_for_update(key_share=True)).all()
         done = _done(s, site_id, removed)
+        _forget(s, done)
     endings = []
     if others:
         columns: Columns = {"id": sa.BigInteger(), "epoch": sa.Integer()}
@@ -300,7 +302,6 @@ def report(
             ending = _Ending.of(row)
             _decide(s, ending, said[row.id], fraction, policy)
             endings.append(ending)
-    _forget(s, done)
     _carry_out(s, endings)
     accepted = {id_ for id_, *_ in done} | {ending.id for ending in endings}
     return wire.ReportAnswer(accepted=len(accepted), stale=[id_ for id_ in said if id_ not in accepted])
@@ -364,10 +365,9 @@ def _hold(s: Session, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
 
 
 def _decide(s: Session, ending: _Ending, outcome: wire.DeletionOutcome, fraction: float, policy: RetryPolicy) -> None:
+    """What was not removed: when it is tried again, or that it is given up."""
     ending.not_before = s.now
     match outcome.outcome:
-        case "removed":
-            raise AssertionError("it has ended already")
         case "given_back":
             ending.attempts = max(0, ending.attempts - 1)
         case _:
@@ -411,13 +411,12 @@ def _not_again(s: Session, queued: Sequence[_Ending]) -> None:
 
 
 def _forget(s: Session, done: Sequence[_Done]) -> None:
-    """The bytes are gone. The replicas go, too; those that a rule wants again are on their way again."""
+    """The bytes are gone. The replicas go, too; those that a rule wants again are on their way again. `by_index`."""
     if not done:
         return
     size = {(file_id, endpoint_id): size_bytes for _, file_id, endpoint_id, _, size_bytes in done}
-    with by_index(s):
-        gone = _remove(s, done, sorted({endpoint_id for _, endpoint_id in size}))
-        _end_transfers(s, gone)
+    gone = _remove(s, done, sorted({endpoint_id for _, endpoint_id in size}))
+    _end_transfers(s, gone)
     freed: Counter[int] = Counter()
     for pair in gone:
         freed[pair[1]] -= size.pop(pair)
