@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -93,6 +94,34 @@ def test_two_large_rules_that_end_together_leave_nothing_protected(world: World)
         world.check()
     assert released(world) == 35
     assert world.count(tables.locks) == 0
+
+
+def test_what_comes_under_another_lock_between_two_slices_is_kept(world: World) -> None:
+    dataset = at_rest(world, 35, "d")
+    world.delete(world.rule(dataset, "HZDR-DISK"))
+    world.evaluate_once(limit_files=SLICE)
+    other = world.collection("other")
+    world.attach(other, *world.contents(dataset)[-5:])
+    world.rule(other, "HZDR-DISK")
+    world.evaluate(limit_files=SLICE)
+    world.check()
+    assert released(world) == 30
+
+
+def test_letting_go_takes_as_many_statements_for_many_files_as_for_few(world: World, count_statements: Any) -> None:
+    needed = []
+    for count in (2, SLICE):
+        at_rest_, coming = at_rest(world, count, f"d{count}"), at_rest(world, count, f"e{count}", "DESY-DISK")
+        for dataset in (at_rest_, coming):
+            rule = world.rule(dataset, "HZDR-DISK")
+            world.evaluate()
+            with count_statements(world.db) as ending:
+                world.delete(rule)
+            needed.append(ending.count)
+    assert needed[:2] == needed[2:]
+    if world.db.engine.dialect.name == "postgresql":
+        assert needed[0] <= 22, "nothing is stopped where everything is there"
+        assert needed[1] <= 28
 
 
 def test_files_that_leave_and_join_meanwhile_are_released_as_well(world: World) -> None:
