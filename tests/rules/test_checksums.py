@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rules.checksums import DIGITS, Agreement, Checksum, Checksums
+from rules.checksums import DIGITS, Agreement, Checksum, Checksums, packed
 from rules.errors import Invalid
 
 
@@ -45,3 +45,28 @@ def test_one_difference_outweighs_every_agreement() -> None:
 
 def test_the_strongest_comes_first_whatever_the_order_given() -> None:
     assert list(Checksums.of({"adler32": "1", "sha256": "0" * 64}).as_dict()) == ["sha256", "adler32"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"md5": "0123456789abcdef0123456789ABCDEF"},
+        {"adler32": "1234", "crc32c": "0000abcd"},
+        {"adler32": "12 34 56"},
+        {"crc32c": "aa bb cc"},
+        {"adler32": "123456789"},
+        {"sha256": "zz"},
+        {"md5": ""},
+        {"rot13": "00"},
+    ],
+)
+def test_packed_takes_and_refuses_what_checksums_do(values: dict[str, str]) -> None:
+    try:
+        given = Checksums.of(values).as_dict()
+    except Invalid as refusal:
+        with pytest.raises(Invalid) as also:
+            packed(values)
+        assert str(also.value) == str(refusal)
+    else:
+        assert packed(values) == tuple(bytes.fromhex(given[a]) if a in given else None for a in DIGITS)
