@@ -34,7 +34,7 @@ from replica.catalog import (
 )
 from replica.catalog.bulk import rows_of
 from replica.catalog.foresight import ITEMS_MAX
-from replica.catalog.membership import Unguessed, by_index, files_of, is_covered, literal, of_pair
+from replica.catalog.membership import Unguessed, by_index, files_of, is_covered, literal, replicas_of
 from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import replicas
@@ -215,11 +215,12 @@ def _given_up(
         more = rows_of(s, "chosen_then", _UNIT, chosen)
         kept = sa.union_all(sa.select(kept.subquery("stays")), sa.select(more.c.unit_id, more.c.endpoint_id))
     pairs = sa.except_(_pairs(batch), _pairs(kept.subquery("kept"))).subquery("leaving_pairs")
-    good = Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE))
-    free = sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, rule_id, ignoring_ended=True))
+    there, walk = replicas_of(s, pairs)
+    good = Unguessed(there.c.state == literal(ReplicaState.AVAILABLE))
+    free = sa.not_(is_covered(there.c.file_id, there.c.endpoint_id, rule_id, ignoring_ended=True))
     query = (
         sa.select(pairs.c.endpoint_id, sa.func.count(), sa.func.sum(pairs.c.size_bytes))
-        .join_from(pairs, replicas, of_pair(pairs))
+        .select_from(walk)
         .where(good, free)
         .group_by(pairs.c.endpoint_id)
     )
@@ -246,7 +247,7 @@ def plan_delete(s: Session, rule_id: int, *, purge: bool | None = None) -> wire.
     last = 0
     if rule.state is not RuleState.EXPIRED:
         with by_index(s):
-            rows = s.execute(_unprotected(rule_id)).all()
+            rows = s.execute(_unprotected(s, rule_id)).all()
         parts = [
             wire.Unprotected(
                 endpoint=row.endpoint,
@@ -270,7 +271,7 @@ def plan_delete(s: Session, rule_id: int, *, purge: bool | None = None) -> wire.
     )
 
 
-def _unprotected(rule_id: int) -> sa.Select[Any]:
+def _unprotected(s: Session, rule_id: int) -> sa.Select[Any]:
     own = tables.locks
     held = files_of(sa.select(own.c.unit_id, own.c.endpoint_id).where(own.c.rule_id == rule_id).subquery("mine"))
     pairs = sa.select(held.c.file_id, held.c.endpoint_id, held.c.size_bytes).distinct().subquery("pairs")
@@ -284,10 +285,11 @@ def _unprotected(rule_id: int) -> sa.Select[Any]:
         )
         .scalar_subquery()
     )
-    available = sa.case((replicas.c.state == literal(ReplicaState.AVAILABLE), 1), else_=0)
+    there, walk = replicas_of(s, pairs)
+    available = sa.case((there.c.state == literal(ReplicaState.AVAILABLE), 1), else_=0)
     coming = sa.and_(
-        replicas.c.state == literal(ReplicaState.COPYING),
-        replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
+        there.c.state == literal(ReplicaState.COPYING),
+        there.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
     )
     goes = (
         sa.select(
@@ -298,9 +300,8 @@ def _unprotected(rule_id: int) -> sa.Select[Any]:
             sa.func.sum(available).over(partition_by=pairs.c.file_id).label("going"),
             good_copies.label("good"),
         )
-        .select_from(pairs)
-        .join(replicas, of_pair(pairs))
-        .where(sa.not_(is_covered(replicas.c.file_id, replicas.c.endpoint_id, rule_id, ignoring_ended=True)))
+        .select_from(walk)
+        .where(sa.not_(is_covered(there.c.file_id, there.c.endpoint_id, rule_id, ignoring_ended=True)))
         .subquery("goes")
     )
     is_last = sa.and_(goes.c.available == 1, goes.c.going >= goes.c.good)
