@@ -95,7 +95,7 @@ def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
         return _settled(s, rule, relocation.drop_surplus(s, rule.id, limit_files))
     places, endangered = relocation.in_trouble(s, rule)
     lost, postponed = _lost(s, rule, limit_files)
-    placing_on = rule.placed_to is not None or rule.copies_missing > 0
+    placing_on = rule.placed_to is not None or (rule.copies_missing > 0 and not _is_being_made(s, rule.id))
     _hold_endpoints(s, rule, every=placing_on or bool(endangered))
     relocated = relocation.relocate(s, rule, places, endangered)
     if relocated.moved:
@@ -121,6 +121,14 @@ def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
     elif postponed and not relocated.moved:
         _look_again(s, rule, timedelta(seconds=POSTPONE_SECONDS))
     return worked + applied + len(lost) + relocated.moved
+
+
+def _is_being_made(s: Session, rule_id: int) -> bool:
+    """Of what was chosen, some is still to be made. What was refused is tried again after that, and not after each
+    slice of it: space that was reserved twice, for files that datasets share, would have been given back in between,
+    and no plan could tell who gets it."""
+    sliced = sa.exists().where(locks_table.c.rule_id == rule_id, locks_table.c.applied_to.is_not(None))
+    return bool(s.execute(sa.select(sliced)).scalar_one())
 
 
 def _settled(s: Session, rule: sa.Row[Any], worked: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import plans, quotas, rule_updates, rules
+from replica.catalog import locks, plans, quotas, rule_updates, rules
 from replica.db import tables
 from replica.db.engine import Database
 from replica.db.tables import EPOCH
@@ -204,3 +204,35 @@ def test_what_every_act_does_is_what_its_plan_said_whatever_the_slices(
     for each in story.tell():
         assert each.differences == [], each.name
     story.world.check()
+
+
+def test_what_is_refused_is_not_tried_again_before_all_that_was_chosen_is_made(
+    world: World, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two datasets share most of their files: reserved for both they leave no room for the third, made they do.
+    world.three()
+    world.endpoint("FULL-DISK", capacity=26)
+    box = world.collection("box", "container")
+    first, second, third, fourth = datasets = [world.collection(name) for name in "abcd"]
+    world.attach(box, *datasets)
+    world.files(1, "DESY-DISK", first, size=1)
+    both = world.files(9, "DESY-DISK", first, size=1)
+    world.files(1, "DESY-DISK", second, size=1)
+    world.attach(second, *both)
+    world.files(10, "DESY-DISK", third, size=1)
+    world.files(5, "DESY-DISK", fourth, size=1)
+    plan = planned(world, did=box, expression="FULL-DISK")
+    assert (plan.totals[0].files, plan.copies_missing) == (16, 1)
+    monkeypatch.setattr(locks.place_units, "__kwdefaults__", {"among": None, "limit_files": 4})
+    rule = world.rule(box, "FULL-DISK")
+
+    def missing() -> int:
+        world.evaluate(limit_files=4)
+        with world.db.read() as s:
+            found: int = rules.look(s, rule.id).copies_missing
+        return found
+
+    assert missing() == 1, "what the plan said"
+    clock.turn(seconds=3_600)
+    assert missing() == 0, "there is room for it, after all"
+    world.check()
