@@ -414,15 +414,11 @@ def _find(s: Session, names: Sequence[Did], *, deleted: bool = False) -> Iterato
     columns: bulk.Columns = {"place": sa.Integer(), "scope": sa.String(), "name": sa.String()}
     values = [range(len(names)), [did.scope for did in names], [did.name for did in names]]
     given = bulk.columns_of(s, "given_dids", columns, values)
-    # Bare numbers: thousands have no time for a converter each.
-    columns_ = dids.c.id, sa.type_coerce(dids.c.kind, sa.SmallInteger).label("kind")
-    of_name = sa.and_(dids.c.scope_id == tables.scopes.c.id, dids.c.name == given.c.name)
-    found = sa.select(*columns_).where(of_name, sa.true() if deleted else dids.c.deleted_at.is_(None))
-    walk = given.join(tables.scopes, tables.scopes.c.name == given.c.scope)
-    query = sa.select(given.c.place, *found.selected_columns).select_from(walk.join(dids, found.whereclause))
-    if s.postgresql:  # one name after the other, however few DIDs it thinks there are
-        each = found.offset(0).lateral("each")
-        query = sa.select(given.c.place, each.c.id, each.c.kind).select_from(walk.join(each, sa.true()))
+    there, walk = membership.dids_named(s, given)
+    # A bare number: thousands have no time for a converter each.
+    query = sa.select(given.c.place, there.c.id, sa.type_coerce(there.c.kind, sa.SmallInteger)).select_from(walk)
+    if not deleted:
+        query = query.where(there.c.deleted_at.is_(None))
     kinds = {kind.value: kind for kind in DidKind}
     return ((place, id_, kinds[kind]) for place, id_, kind in s.execute(query).all())
 

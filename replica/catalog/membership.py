@@ -17,7 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from replica.catalog.bulk import ids_of
 from replica.db.engine import Session
-from replica.db.tables import contents, dids, files, locks, replicas, rules
+from replica.db.tables import contents, dids, files, locks, replicas, rules, scopes
 from rules.states import DidKind, Grouping, RuleState
 
 
@@ -310,6 +310,22 @@ def replicas_of(s: Session, pairs: sa.FromClause) -> tuple[sa.FromClause, sa.Fro
         .lateral("there")
     )
     return there, pairs.join(there, sa.true())
+
+
+def dids_named(s: Session, names: sa.FromClause) -> tuple[sa.FromClause, sa.FromClause]:
+    """The DIDs of these, which have `name` and either `scope_id` or `scope`, and what to select them from.
+
+    PostgreSQL looks every name up by the index: with statistics of a time when a scope held little it would rather
+    read all of the scope for each.
+    """
+    walk, scope_id = names, names.c.get("scope_id")
+    if scope_id is None:
+        walk, scope_id = names.join(scopes, scopes.c.name == names.c.scope), scopes.c.id
+    this = sa.and_(dids.c.scope_id == scope_id, dids.c.name == names.c.name)
+    if not s.postgresql:
+        return dids, walk.join(dids, this)
+    there = sa.select(dids.c.id, dids.c.kind, dids.c.name, dids.c.deleted_at).where(this).offset(0).lateral("named")
+    return there, walk.join(there, sa.true())
 
 
 def of_lock(these: sa.FromClause) -> sa.ColumnElement[bool]:

@@ -22,7 +22,7 @@ from replica import wire
 from replica.catalog import endpoints as endpoints_
 from replica.catalog import sites
 from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import Unguessed, any_of, literal, walk_by_index
+from replica.catalog.membership import Unguessed, any_of, dids_named, literal, walk_by_index
 from replica.db.engine import Session
 from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
 from rules import expressions
@@ -331,19 +331,18 @@ def _taken(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> dict[int, 
     found = {row.id: Did(row.scope, row.name) for row in s.execute(taken)}
     if named:  # where the layout gives one path to several names, which is rare, whoever was first has it
         rivals = rows_of(s, "names_claimed", {**key, "scope": sa.String(), "name": sa.String()}, named)
+        other, walk = dids_named(s, rivals)
         shared = (
-            sa.select(rivals.c.id, *name)
-            .select_from(rivals)
-            .join(scopes, scopes.c.name == rivals.c.scope)
-            .join(dids, sa.and_(dids.c.scope_id == scopes.c.id, dids.c.name == rivals.c.name))
-            .join(replicas, sa.and_(replicas.c.file_id == dids.c.id, replicas.c.endpoint_id == rivals.c.endpoint_id))
+            sa.select(rivals.c.id, other.c.name, rivals.c.scope)
+            .select_from(walk)
+            .join(replicas, sa.and_(replicas.c.file_id == other.c.id, replicas.c.endpoint_id == rivals.c.endpoint_id))
             .where(
                 replicas.c.path.is_(None),
                 # What lies there, or waits to be cleared away: its deletion would take the other's bytes.
                 sa.or_(
                     replicas.c.state != literal(ReplicaState.COPYING),
                     replicas.c.tombstone_at.is_not(None),
-                    dids.c.id < rivals.c.file_id,
+                    other.c.id < rivals.c.file_id,
                 ),
             )
         )

@@ -295,11 +295,11 @@ def _named(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> sa
 
 def _known(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> dict[Did, _Known]:
     names = _named(s, given, scope_ids)
+    there, walk = membership.dids_named(s, names)
     query = (
-        sa.select(names.c.ord, tables.dids.c.id, tables.dids.c.kind, tables.dids.c.deleted_at, files)
-        .select_from(names)
-        .join(tables.dids, sa.and_(tables.dids.c.scope_id == names.c.scope_id, tables.dids.c.name == names.c.name))
-        .join(files, files.c.did_id == tables.dids.c.id, isouter=True)
+        sa.select(names.c.ord, there.c.id, there.c.kind, there.c.deleted_at, files)
+        .select_from(walk)
+        .join(files, files.c.did_id == there.c.id, isouter=True)
     )
     met = s.execute(query).all()
     if gone := [given[row.ord].did for row in met if row.deleted_at is not None]:
@@ -423,17 +423,15 @@ def _refuse_taken_paths(s: Session, given: Sequence[_Given], endpoint: sa.Row[An
     batch = bulk.rows_of(s, "paths", columns, rows)
     at_endpoint = replicas.c.endpoint_id == endpoint.id
     by_their_path = sa.and_(at_endpoint, replicas.c.path == batch.c.path)
-    by_layout = sa.and_(at_endpoint, replicas.c.path.is_(None), replicas.c.file_id == tables.dids.c.id)
-    did = sa.select(batch.c.path, tables.scopes.c.name, tables.dids.c.name.label("did_name"))
+    there, walk = membership.dids_named(s, batch)
+    by_layout = sa.and_(at_endpoint, replicas.c.path.is_(None), replicas.c.file_id == there.c.id)
     queries = (
-        did.select_from(batch)
+        sa.select(batch.c.path, tables.scopes.c.name, tables.dids.c.name.label("did_name"))
+        .select_from(batch)
         .join(replicas, by_their_path)
         .join(tables.dids, tables.dids.c.id == replicas.c.file_id)
         .join(tables.scopes, tables.scopes.c.id == tables.dids.c.scope_id),
-        did.select_from(batch)
-        .join(tables.scopes, tables.scopes.c.name == batch.c.scope)
-        .join(tables.dids, sa.and_(tables.dids.c.scope_id == tables.scopes.c.id, tables.dids.c.name == batch.c.name))
-        .join(replicas, by_layout),
+        sa.select(batch.c.path, batch.c.scope, there.c.name).select_from(walk).join(replicas, by_layout),
     )
     for path, scope, name in s.execute(sa.union_all(*queries)).all():
         if by_path[path] != Did(scope, name):

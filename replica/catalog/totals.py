@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from replica.catalog import guards
 from replica.catalog.bulk import columns_of, ids_of
-from replica.catalog.membership import Unguessed, literal, looked_up
+from replica.catalog.membership import Unguessed, dids_named, literal, looked_up
 from replica.db.engine import Session
 from replica.db.tables import contents, dids, files, locks, rules, scopes
 from rules.names import Did
@@ -43,14 +43,8 @@ def hold_datasets(s: Session, parent: Did, children: Collection[Did]) -> None:
         return
     columns = {"scope": sa.String(), "name": sa.String()}
     names = columns_of(s, "to_attach", columns, [[did.scope for did in children], [did.name for did in children]])
-    child = dids.alias("child")
-    known = (
-        sa.select(child.c.id)
-        .select_from(names)
-        .join(scopes, scopes.c.name == names.c.scope)
-        .join(child, sa.and_(child.c.scope_id == scopes.c.id, child.c.name == names.c.name))
-        .subquery("known")
-    )
+    child, walk = dids_named(s, names)
+    known = sa.select(child.c.id).select_from(walk).subquery("known")
     own = (
         sa.select(dids.c.id)
         .join_from(dids, scopes, scopes.c.id == dids.c.scope_id)
