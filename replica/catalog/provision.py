@@ -274,16 +274,17 @@ def _raise_priority(s: Session, wanted: sa.FromClause) -> None:
 
 def is_live(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     live = transfers.alias("live")
-    found = sa.select(1).where(live.c.file_id == file_id, live.c.target_id == endpoint_id, any_of(live.c.state, LIVE))
+    # By the file, for each: by both, PostgreSQL would rather read all transfers there are into a hash table first.
+    there = Unguessed(live.c.target_id == endpoint_id)
+    found = sa.select(1).where(live.c.file_id == file_id, there, any_of(live.c.state, LIVE))
     return Unguessed(sa.exists(found))
 
 
 def is_stuck(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     """Of a replica that is not available: a transfer ended in vain, and none is under way now."""
     vain = transfers.alias("vain")
-    ended = sa.select(1).where(
-        vain.c.file_id == file_id, vain.c.target_id == endpoint_id, Unguessed(any_of(vain.c.state, IN_VAIN))
-    )
+    here = sa.and_(vain.c.target_id == endpoint_id, any_of(vain.c.state, IN_VAIN))
+    ended = sa.select(1).where(vain.c.file_id == file_id, Unguessed(here))
     return sa.and_(Unguessed(sa.exists(ended)), sa.not_(is_live(file_id, endpoint_id)))
 
 

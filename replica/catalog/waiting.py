@@ -76,8 +76,7 @@ def groups(s: Session, rule_id: int) -> list[Group]:
     vain = transfers.alias("vain")
     ended = sa.select(1).where(
         vain.c.file_id == pairs.c.file_id,
-        vain.c.target_id == pairs.c.endpoint_id,
-        Unguessed(any_of(vain.c.state, IN_VAIN)),
+        Unguessed(sa.and_(vain.c.target_id == pairs.c.endpoint_id, any_of(vain.c.state, IN_VAIN))),
     )
     failed = sa.case((transfers.c.id.is_not(None), 0), (sa.exists(ended), 1), else_=0)
     query = (
