@@ -31,6 +31,7 @@ from aiohttp import web
 from replica import log
 from replica.api.app import create_app, start
 from replica.catalog import accounts, leases, outcomes, sites
+from replica.collector import settle_in
 from replica.config import Settings, load
 from replica.db import schema
 from replica.db.engine import Database
@@ -63,6 +64,7 @@ def run_up(settings: Settings) -> int:
             )
             sys.stdout.flush()
             Watchdog(system.watched, life, limit_seconds=WEDGED_SECONDS).start()
+            settle_in()
         life.wait()
     if system.left_behind:
         leave(life.exit_code)

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from replica import log
+from replica.collector import settle_in
 from replica.config import Settings
 from replica.hints import CONTROL
 from rules.errors import Invalid
@@ -57,6 +58,7 @@ def run_worker(settings: Settings) -> int:
         Watchdog(lambda: [thread], life, limit_seconds=max(WEDGED_SECONDS, 4 * settings.poll_seconds)).start()
         threading.Thread(target=_check_site, args=(settings, site, server), name="check-site", daemon=True).start()
         stack.enter_context(_hearing(settings.broker_url, (site_queue(site),)))
+        settle_in()
         life.wait()
         ended = thread.stop(thread.mover.stop_seconds + 1)
     if not ended:
@@ -113,6 +115,7 @@ def run_control(settings: Settings) -> int:
         passes.start()
         Watchdog(lambda: passes.loops, life, limit_seconds=WEDGED_SECONDS).start()
         stack.enter_context(_hearing(settings.broker_url, (CONTROL,)))
+        settle_in()
         log.get_logger().info("control.started", passes=[entry.name for entry in TIMETABLE])
         life.wait()
         passes.stop(15.0)

@@ -15,6 +15,7 @@ import signal
 
 from replica import log
 from replica.api.app import create_app, start
+from replica.collector import settle_in
 from replica.config import Settings
 from replica.db.engine import Database
 from replica.hints import Hints
@@ -58,6 +59,7 @@ async def _serve(settings: Settings, db: Database) -> int:
             f"cannot listen on {settings.listen}: {error.strerror or error}",
             hint="another process may have the port; say another one with --listen",
         ) from error
+    settle_in()
     logger.info("api.started", url=f"http://{host}:{port}")
     with contextlib.suppress(asyncio.CancelledError):
         await stop.wait()

@@ -36,6 +36,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import deletions, removals, replicas, rules
 from replica.catalog.bulk import Columns, rows_of
+from replica.collector import settle_in
 from replica.db import schema
 from replica.db.engine import Database
 from rules.names import Did
@@ -294,6 +295,7 @@ def growth(sizes: dict[int, Any]) -> dict[str, float]:
 
 def measure(url: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     bench = Bench(url)
+    settle_in()  # as a server does
     answer: dict[str, Any] = {"machine": machine(), "targets": TARGETS, "sizes": {}, "bare": {}}
     for size in sizes:
         bare, runs = [bench.bare()], []
