@@ -219,6 +219,9 @@ def _database(url: str) -> Iterator[Finding]:
         yield Finding("good", "database", "the database answers and has this release's schema")
         for trouble in health.forgetful(database):
             yield Finding("wrong", "database", f"the database may forget: {trouble}", "switch it on and restart it")
+        for trouble in health.cramped(database):
+            wanted = ", ".join(f"{name} = {value}" for name, value in health.RECOMMENDED.items())
+            yield Finding("odd", "database", trouble, f"set {wanted} and restart it")
     except ReplicaError as error:
         if cause := cause_of(error):
             yield Finding("wrong", "database", f"{error.message}: {cause}", "start it, or correct database_url")

@@ -27,6 +27,8 @@ from typing import Any
 
 import psycopg
 
+from replica.db.health import RECOMMENDED
+
 #: What a data directory may grow to; the 64 MiB /dev/shm of a plain container are too small for PostgreSQL.
 _ROOM_BYTES = 1 << 30
 #: A Unix socket's path has at most 107 bytes, and PostgreSQL's is about 20 longer than its directory.
@@ -194,7 +196,7 @@ class _Server:
 class PostgreSQL(_Server):
     """A cluster of its own. No fsync: the tests kill processes, not the machine.
 
-    `durable`, for benchmarks: on a real disk, with the settings that PostgreSQL comes with.
+    `durable`, for benchmarks: on a real disk, with what Replica recommends and nothing less durable.
     """
 
     abort = signal.SIGQUIT
@@ -219,7 +221,7 @@ class PostgreSQL(_Server):
                 raise ServerUnavailable(f"initdb failed:\n{made.stderr[-4000:]}")
         self.port = self.port or free_port()
         settings = (
-            {}
+            RECOMMENDED
             if self.durable
             else {
                 "fsync": "off",

@@ -1,7 +1,7 @@
 """How many files a second does the catalogue alone take, wish, hand out, finish and let go, and does it stay so?
 
-Question  On a PostgreSQL with the settings it comes with: each row of the table of targets in the design of the
-          catalogue, for datasets of 1,000 to 1,000,000 files. Is the cost for a file the same in all sizes, and how
+Question  On a PostgreSQL with the settings that Replica recommends: each row of the table of targets in the design of
+          the catalogue, for datasets of 1,000 to 1,000,000 files. Is the cost for a file the same in all sizes, and how
           far is each operation from what the database needs for the bare rows? How much memory does it take?
 Sketch    A row inserted with two or three index entries costs PostgreSQL 5-10 µs, an index lookup 2-3 µs, a row
           through the driver 2-5 µs. Register: DID, file, replica = 3 rows -> 30-50 µs -> 20,000-30,000 files/s. Rule

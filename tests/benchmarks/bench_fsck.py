@@ -1,7 +1,7 @@
 """How long does fsck take for a catalogue of so many files, and does its memory stay the same?
 
 Question  Two replicas of each file at rest under a rule, and a tenth of the files on their way to a third endpoint:
-          how long for each invariant, on a PostgreSQL with the settings it comes with?
+          how long for each invariant, on a PostgreSQL with the settings that Replica recommends?
 Sketch    The dearest ones join contents, locks and replicas whole: hashes of some millions of rows, 1-3 µs each and
           about ten of them -> tens of seconds for a million files; ten times that for ten million.
 

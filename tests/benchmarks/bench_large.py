@@ -8,7 +8,7 @@ Sketch    A replica is a row of 65 bytes and two index entries of 40; half of it
 
     python -m tests.benchmarks.bench_large [--files 5000000] [--repeats 30]
 
-Starts a PostgreSQL of its own, with the settings it comes with, on the disk of TMPDIR (10 GB for ten million
+Starts a PostgreSQL of its own, with the settings that Replica recommends, on the disk of TMPDIR (10 GB for ten million
 replicas), and removes it at the end. Prints one JSON document; exit code 1 when an answer takes longer than 50 ms at
 the median or a replica more than 350 bytes.
 """

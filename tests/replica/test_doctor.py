@@ -127,6 +127,13 @@ def test_a_database_that_forgets_at_a_power_cut(postgresql_url: str, postgresql_
     assert any("fsync is off" in message for message in wrong(examination))
 
 
+def test_a_database_that_has_little_room(postgresql_url: str):
+    """The tests' own server has 64 MB."""
+    odd = [finding for finding in examine(settings(database_url=postgresql_url)).findings if finding.level == "odd"]
+    (finding,) = (finding for finding in odd if "shared_buffers is 64MB" in finding.message)
+    assert "shared_buffers = 1GB" in finding.remedy
+
+
 def test_what_is_acknowledged_is_written_whatever_the_server_says(postgresql_url: str):
     """The tests' own server has synchronous_commit off."""
     with psycopg.connect(postgresql_url.replace("+psycopg", "")) as plain:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from replica.db.health import RECOMMENDED
 from tests.scenarios.system import REPLICA, ROOT, Process, until
 from tests.servers import PostgreSQL, Redis, free_port
 
@@ -76,6 +77,13 @@ def test_a_worker_has_no_way_to_the_database(site: str):
     assert mounts[f"disk-{other}"].endswith(":ro"), "it reads the other site's disk and writes to its own"
     assert mounts[f"key-{site}"].endswith(":ro")
     assert not mounts[f"disk-{site}"].endswith(":ro")
+
+
+def test_the_database_is_started_with_what_is_recommended():
+    assert SERVICES["postgres"]["command"] == [
+        "postgres",
+        *(f"-c{name}={value}" for name, value in RECOMMENDED.items()),
+    ]
 
 
 def test_the_run_in_real_containers_knows_all_services_and_images():
