@@ -24,7 +24,7 @@ from replica.catalog import bulk, dids, outbox, removable, rules
 from replica.catalog.membership import Unguessed, by_index, is_covered, literal
 from replica.db import tables
 from replica.db.engine import Session
-from replica.db.tables import EPOCH, contents, replicas
+from replica.db.tables import EPOCH, alias_of, contents, replicas
 from rules.deletion import UNDELETE_SECONDS
 from rules.errors import Invalid, Refused
 from rules.names import Did
@@ -136,7 +136,7 @@ def _end_a_rule(s: Session) -> int:
 
 def _leave_a_parent(s: Session) -> int:
     """Parents that are final themselves keep what they held, for their history."""
-    parent = tables.dids.alias("parent")
+    parent = alias_of(tables.dids, "parent")
     held = (
         sa.select(contents.c.parent_id, contents.c.child_id)
         .select_from(tables.dids)
@@ -221,7 +221,7 @@ def _fixed(s: Session, ids: Sequence[int]) -> dict[int, str]:
     """Of these, what is in a collection that stays and whose content is fixed: by id, which collection."""
     if not ids:
         return {}
-    parent = tables.dids.alias("parent")
+    parent = alias_of(tables.dids, "parent")
     batch, going = bulk.ids_of(s, "leaving_dids", ids), bulk.ids_of(s, "going_dids", ids)
     query = (
         sa.select(contents.c.child_id, parent.c.monotonic, parent.c.kind, parent.c.name, tables.scopes.c.name)
@@ -246,7 +246,7 @@ def _lacking(s: Session, ids: Sequence[int]) -> dict[int, str]:
     """Of these collections, those whose content is fixed and partly deleted: by id, one that would be missing."""
     if not ids:
         return {}
-    child, parent = tables.dids.alias("child"), tables.dids.alias("parent")
+    child, parent = alias_of(tables.dids, "child"), alias_of(tables.dids, "parent")
     batch, coming = bulk.ids_of(s, "returning_dids", ids), bulk.ids_of(s, "coming_dids", ids)
     query = (
         sa.select(parent.c.id, child.c.name, tables.scopes.c.name)

@@ -22,7 +22,7 @@ from replica.catalog.documents import check_attributes
 from replica.catalog.membership import Unguessed, literal
 from replica.db import tables
 from replica.db.engine import Session
-from replica.db.tables import endpoint_attributes, endpoints
+from replica.db.tables import alias_of, endpoint_attributes, endpoints
 from replica.storage.registry import open_storage
 from rules import expressions
 from rules.endpoints import AttributeValue, Endpoint, Link
@@ -202,7 +202,7 @@ def _forget_replicas(s: Session, endpoint_id: int, name: str, order: wire.Decomm
         if s.execute(sa.select(sa.func.count()).select_from(held)).scalar_one() < count:
             raise Conflict(f"files of {name} are being changed at this moment", hint="repeat the request")
     available = literal(ReplicaState.AVAILABLE)
-    other = replicas.alias("other")
+    other = alias_of(replicas, "other")
     elsewhere = sa.exists().where(
         other.c.file_id == replicas.c.file_id, other.c.endpoint_id != endpoint_id, Unguessed(other.c.state == available)
     )
@@ -265,7 +265,7 @@ def list_links(
 ) -> wire.Page[wire.Link]:
     """What is known of the ways between endpoints; one that nothing is known of is allowed, at distance 1."""
     key = tables.links.c.source_id, tables.links.c.target_id
-    sources, targets = endpoints.alias("sources"), endpoints.alias("targets")
+    sources, targets = alias_of(endpoints, "sources"), alias_of(endpoints, "targets")
     query = (
         sa.select(tables.links, sources.c.name.label("source"), targets.c.name.label("target"))
         .join(sources, sources.c.id == tables.links.c.source_id)

@@ -26,7 +26,7 @@ from replica.catalog import accounts, bulk, cursors, rule_views
 from replica.catalog.membership import Unguessed
 from replica.db import tables
 from replica.db.engine import Session
-from replica.db.tables import events
+from replica.db.tables import alias_of, events
 from rules.errors import Invalid
 from rules.events import ENTITIES, check_patterns
 from rules.names import shown
@@ -197,7 +197,7 @@ def _fits(kinds: Iterable[str]) -> sa.ColumnElement[bool]:
 
 
 def _select() -> sa.Select[Any]:
-    account = tables.accounts.alias("by")
+    account = alias_of(tables.accounts, "by")
     return sa.select(events, account.c.name.label("account")).outerjoin(account, account.c.id == events.c.account_id)
 
 

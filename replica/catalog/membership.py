@@ -17,7 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from replica.catalog.bulk import ids_of
 from replica.db.engine import Session
-from replica.db.tables import contents, dids, files, locks, replicas, rules, scopes
+from replica.db.tables import alias_of, contents, dids, files, locks, replicas, rules, scopes
 from rules.states import DidKind, Grouping, RuleState
 
 
@@ -25,7 +25,7 @@ def closure(roots: sa.Select[Any], name: str = "closure") -> sa.CTE:
     """`(tag, id, kind)`: the roots and all collections below them. `roots` selects `(tag, id)`."""
     start = roots.subquery()
     walk = sa.select(start.c.tag, start.c.id, dids.c.kind).join(dids, dids.c.id == start.c.id).cte(name, recursive=True)
-    child = dids.alias(f"{name}_child")
+    child = alias_of(dids, f"{name}_child")
     return walk.union(
         sa.select(walk.c.tag, child.c.id, child.c.kind)
         .select_from(walk)
@@ -173,7 +173,7 @@ def has_lock(
     where: Callable[[Any], Iterable[sa.ColumnElement[bool]]],
 ) -> sa.ColumnElement[bool]:
     """Whether the file at the endpoint has a lock of which `where` is true: its own, or that of a dataset it is in."""
-    own, of_dataset = locks.alias(f"own_{name}"), locks.alias(f"dataset_{name}")
+    own, of_dataset = alias_of(locks, f"own_{name}"), alias_of(locks, f"dataset_{name}")
 
     def there(lock: Any) -> Iterator[sa.ColumnElement[bool]]:
         yield Unguessed(lock.c.endpoint_id == endpoint_id)

@@ -24,7 +24,7 @@ from replica.catalog import sites
 from replica.catalog.bulk import Columns, ids_of, rows_of
 from replica.catalog.membership import Unguessed, any_of, dids_named, literal, walk_by_index
 from replica.db.engine import Session
-from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
+from replica.db.tables import Instant, alias_of, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
 from rules import expressions
 from rules.checksums import DIGITS
 from rules.endpoints import Endpoint, Link
@@ -178,7 +178,7 @@ def _put_aside(s: Session, site_id: int) -> None:
 
 def queue(s: Session, site_id: int, limit: int) -> sa.Select[Any]:
     """The head of a site's queue. The index ix_transfers_queue has it in this order."""
-    target = endpoints.alias("target")
+    target = alias_of(endpoints, "target")
     query = (
         sa.select(
             transfers.c.id,

@@ -37,7 +37,7 @@ from replica.catalog.foresight import ITEMS_MAX
 from replica.catalog.membership import Unguessed, by_index, files_of, is_covered, literal, replicas_of
 from replica.db import tables
 from replica.db.engine import Session
-from replica.db.tables import replicas
+from replica.db.tables import alias_of, replicas
 from rules.errors import NotFound
 from rules.names import Did
 from rules.permissions import Actor
@@ -275,7 +275,7 @@ def _unprotected(s: Session, rule_id: int) -> sa.Select[Any]:
     own = tables.locks
     held = files_of(sa.select(own.c.unit_id, own.c.endpoint_id).where(own.c.rule_id == rule_id).subquery("mine"))
     pairs = sa.select(held.c.file_id, held.c.endpoint_id, held.c.size_bytes).distinct().subquery("pairs")
-    good = replicas.alias("good")
+    good = alias_of(replicas, "good")
     good_copies = (
         sa.select(sa.func.count())
         .where(

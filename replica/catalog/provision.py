@@ -21,7 +21,7 @@ from replica.catalog.bulk import Columns, insert, rows_of
 from replica.catalog.membership import Unguessed, any_of, covering, files_of, literal, of_lock, of_pair
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
-from replica.db.tables import contents, endpoints, files, locks, replicas, rules, sites, transfers
+from replica.db.tables import alias_of, contents, endpoints, files, locks, replicas, rules, sites, transfers
 from rules.states import TRANSFER_TERMINAL, ReplicaState, TransferState
 
 LIVE = tuple(state for state in TransferState if state not in TRANSFER_TERMINAL)
@@ -273,7 +273,7 @@ def _raise_priority(s: Session, wanted: sa.FromClause) -> None:
 
 
 def is_live(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
-    live = transfers.alias("live")
+    live = alias_of(transfers, "live")
     # By the file, for each: by both, PostgreSQL would rather read all transfers there are into a hash table first.
     there = Unguessed(live.c.target_id == endpoint_id)
     found = sa.select(1).where(live.c.file_id == file_id, there, any_of(live.c.state, LIVE))
@@ -282,7 +282,7 @@ def is_live(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) 
 
 def is_stuck(file_id: sa.ColumnElement[Any], endpoint_id: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     """Of a replica that is not available: a transfer ended in vain, and none is under way now."""
-    vain = transfers.alias("vain")
+    vain = alias_of(transfers, "vain")
     here = sa.and_(vain.c.target_id == endpoint_id, any_of(vain.c.state, IN_VAIN))
     ended = sa.select(1).where(vain.c.file_id == file_id, Unguessed(here))
     return sa.and_(Unguessed(sa.exists(ended)), sa.not_(is_live(file_id, endpoint_id)))

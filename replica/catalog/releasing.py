@@ -23,7 +23,7 @@ from replica.catalog import guards, locks, usage
 from replica.catalog.bulk import rows_of
 from replica.catalog.membership import Unguessed, literal
 from replica.db.engine import Session
-from replica.db.tables import contents, dids, rules
+from replica.db.tables import alias_of, contents, dids, rules
 from replica.db.tables import locks as locks_table
 from rules.states import RuleState
 
@@ -139,7 +139,7 @@ def _drop_what_others_lock(s: Session, mine: sa.ColumnElement[bool]) -> None:
 
 def _others_lock_it() -> sa.ColumnElement[bool]:
     """Of a lock: a rule that has not ended has one on the same unit at the same endpoint."""
-    other = locks_table.alias("other")
+    other = alias_of(locks_table, "other")
     same = (
         sa.select(1)
         .select_from(other)

@@ -37,7 +37,19 @@ from replica.catalog.bulk import ids_of
 from replica.catalog.membership import Computed, Unguessed, any_of, is_covered, literal
 from replica.catalog.provision import LIVE, is_live
 from replica.db.engine import Session
-from replica.db.tables import Instant, contents, dids, endpoints, files, links, locks, replicas, rules, transfers
+from replica.db.tables import (
+    Instant,
+    alias_of,
+    contents,
+    dids,
+    endpoints,
+    files,
+    links,
+    locks,
+    replicas,
+    rules,
+    transfers,
+)
 from rules.deletion import AT_ONCE, BY_HAND, EXPLICIT, LEFTOVER_SECONDS, Why
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState
 
@@ -167,7 +179,7 @@ def _case(guards: Sequence[tuple[sa.ColumnElement[bool], Any]], otherwise: str) 
 
 def is_being_read() -> sa.ColumnElement[bool]:
     """A worker holds an order to copy this file. It may read from any of its copies."""
-    t = transfers.alias("reading")
+    t = alias_of(transfers, "reading")
     found = sa.select(1).where(
         t.c.file_id == replicas.c.file_id, any_of(t.c.state, LIVE), any_of(t.c.state, TRANSFER_LEASED)
     )
@@ -175,7 +187,7 @@ def is_being_read() -> sa.ColumnElement[bool]:
 
 
 def _good(name: str) -> tuple[sa.FromClause, sa.ColumnElement[bool]]:
-    other = replicas.alias(name)
+    other = alias_of(replicas, name)
     readable = sa.select(endpoints.c.id).where(endpoints.c.readable)
     return other, sa.and_(
         other.c.file_id == replicas.c.file_id,
@@ -194,7 +206,7 @@ def is_good_elsewhere() -> sa.ColumnElement[bool]:
 
 def is_last_source() -> sa.ColumnElement[bool]:
     """A transfer that has not ended could read from nowhere else, or its rule says from where it may read."""
-    t, other_way = transfers.alias("waiting"), links.alias("way")
+    t, other_way = alias_of(transfers, "waiting"), alias_of(links, "way")
     other, good = _good("good_source")
     closed = sa.select(1).where(
         other_way.c.source_id == other.c.endpoint_id,

@@ -18,7 +18,7 @@ from replica.catalog import guards
 from replica.catalog.bulk import Columns, rows_of
 from replica.catalog.membership import Unguessed, any_of, covering, literal, of_pair
 from replica.db.engine import Session
-from replica.db.tables import deletions, replicas
+from replica.db.tables import alias_of, deletions, replicas
 from rules.errors import Conflict
 from rules.states import DeletionState, ReplicaState
 
@@ -101,7 +101,7 @@ def _state_after(was: ReplicaState, attempts: int) -> ReplicaState:
 def next_generation(file_id: sa.ColumnElement[int], endpoint_id: sa.ColumnElement[int]) -> sa.ColumnElement[int]:
     """Of a replica that is made: above that of any whose deletion was ever decided at this place, so that no order to
     remove the old one can ever mean the new one."""
-    gone = deletions.alias("gone")
+    gone = alias_of(deletions, "gone")
     last = sa.select(sa.func.max(gone.c.generation)).where(
         gone.c.file_id == file_id, Unguessed(gone.c.endpoint_id == endpoint_id)
     )

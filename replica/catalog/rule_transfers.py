@@ -19,7 +19,7 @@ from replica.catalog import guards
 from replica.catalog.bulk import Columns, rows_of
 from replica.catalog.membership import Computed, Unguessed, any_of, by_index, covering, files_of, literal, of_pair
 from replica.db.engine import Session
-from replica.db.tables import contents, locks, replicas, rules, sites, transfers
+from replica.db.tables import alias_of, contents, locks, replicas, rules, sites, transfers
 from rules.states import Evidence, RuleState, TransferState
 
 SUSPENDED = "suspended"
@@ -210,7 +210,7 @@ def _fit(s: Session, rule: sa.Row[Any], those: Sequence[tuple[int, int, int]]) -
 
 def _decided(batch: sa.FromClause) -> sa.Subquery:
     """`(id, priority, goes_on, declared)` of these transfers."""
-    own, of_dataset = locks.alias("own_wish"), locks.alias("dataset_wish")
+    own, of_dataset = alias_of(locks, "own_wish"), alias_of(locks, "dataset_wish")
 
     def wished(lock: Any) -> sa.ColumnElement[bool]:
         return Unguessed(sa.and_(lock.c.endpoint_id == batch.c.endpoint_id, sa.not_(lock.c.surplus)))
@@ -262,7 +262,7 @@ def suspended_go_without(s: Session, rule_id: int) -> None:
 
 def _shared_with_suspended(rule_id: int) -> sa.Select[Any]:
     """Units and endpoints of this rule's open locks that a suspended rule locks, too."""
-    other = locks.alias("other")
+    other = alias_of(locks, "other")
     return (
         sa.select(locks.c.unit_id, locks.c.endpoint_id)
         .join(
@@ -288,7 +288,7 @@ def _of(pairs: sa.FromClause, states: tuple[TransferState, ...]) -> tuple[sa.Col
 
 def _covers(file_id: sa.ColumnElement[int], endpoint_id: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
     """Of a row of rules: one of its locks wants this file at this endpoint."""
-    own, of_dataset = locks.alias("own_wish"), locks.alias("dataset_wish")
+    own, of_dataset = alias_of(locks, "own_wish"), alias_of(locks, "dataset_wish")
     by_file = sa.select(own.c.rule_id).where(
         own.c.unit_id == file_id, Unguessed(own.c.endpoint_id == endpoint_id), own.c.surplus.is_(False)
     )

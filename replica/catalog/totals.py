@@ -18,7 +18,7 @@ from replica.catalog import guards
 from replica.catalog.bulk import columns_of, ids_of
 from replica.catalog.membership import Unguessed, dids_named, literal, looked_up
 from replica.db.engine import Session
-from replica.db.tables import contents, dids, files, locks, rules, scopes
+from replica.db.tables import alias_of, contents, dids, files, locks, rules, scopes
 from rules.names import Did
 from rules.states import DidKind
 
@@ -55,7 +55,7 @@ def hold_datasets(s: Session, parent: Did, children: Collection[Did]) -> None:
 
 def datasets_of(s: Session, batch: sa.FromClause) -> sa.Select[Any]:
     """The datasets that hold some of these files, `(id)`, and that are not known to share any."""
-    dataset = dids.alias("other_dataset")
+    dataset = alias_of(dids, "other_dataset")
     parents, walk = looked_up(s, batch, contents.c.child_id, sa.select(contents.c.parent_id), "holding")
     is_alone = sa.and_(dataset.c.kind == literal(DidKind.DATASET), sa.not_(dataset.c.shared))
     # The offset keeps PostgreSQL from gathering all datasets there are, to ask about a few.
@@ -92,7 +92,7 @@ def hold_late(s: Session, batch: sa.FromClause) -> bool:
 def joined(s: Session, dataset_id: int, batch: sa.FromClause, count: int) -> bool:
     """So many files, `(id)`, are new in the dataset, which the caller holds with them. Returns whether it may share
     some of its files with other units."""
-    other = contents.alias("other")
+    other = alias_of(contents, "other")
     others = sa.select(other.c.parent_id).where(Unguessed(other.c.parent_id != dataset_id))
     _, elsewhere = looked_up(s, batch, other.c.child_id, others, "elsewhere")
     _, single = looked_up(s, batch, locks.c.unit_id, sa.select(locks.c.rule_id), "single")

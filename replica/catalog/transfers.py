@@ -23,7 +23,7 @@ from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import settle
 from replica.catalog.rule_transfers import SUSPENDED
 from replica.db.engine import Session
-from replica.db.tables import contents, endpoints, locks, replicas, scopes, transfers
+from replica.db.tables import alias_of, contents, endpoints, locks, replicas, scopes, transfers
 from replica.db.tables import dids as dids_table
 from replica.db.tables import rules as rules_table
 from rules.errors import Invalid, NotFound, Refused
@@ -186,7 +186,7 @@ def _is_locked_by(rule_id: int) -> sa.ColumnElement[bool]:
 
 
 def _select() -> sa.Select[Any]:
-    source, target = endpoints.alias("source"), endpoints.alias("target")
+    source, target = alias_of(endpoints, "source"), alias_of(endpoints, "target")
     return (
         sa.select(
             transfers,

@@ -32,7 +32,19 @@ from replica.catalog import accounts, bulk, cursors, endpoints, guards
 from replica.catalog.membership import Unguessed, by_index, closure_of, files_of, literal
 from replica.db import tables
 from replica.db.engine import Session
-from replica.db.tables import Instant, contents, dids, files, instant, locks, micros, rules, usage, usage_history
+from replica.db.tables import (
+    Instant,
+    alias_of,
+    contents,
+    dids,
+    files,
+    instant,
+    locks,
+    micros,
+    rules,
+    usage,
+    usage_history,
+)
 from rules import expressions
 from rules.errors import Invalid
 from rules.names import shown
@@ -216,7 +228,7 @@ def _compared(s: Session, mine: sa.FromClause, ignoring_rule: int | None) -> Seq
 
 def _locked(account_id: Number, unit_id: Number, endpoint_id: Number, ignoring_rule: int | None) -> Any:
     """Whether the account has a lock on this very unit there."""
-    own = locks.alias("same_unit")
+    own = alias_of(locks, "same_unit")
     found = sa.select(1).where(
         own.c.unit_id == unit_id, Unguessed(sa.and_(own.c.endpoint_id == endpoint_id, _owner(own) == account_id))
     )
@@ -234,7 +246,7 @@ def _held(
     ignoring_dataset: int | None = None,
 ) -> sa.ColumnElement[bool]:
     """Whether a lock of the account (but of this rule, but on this dataset) holds the file there."""
-    own, of_dataset = locks.alias("held_alone"), locks.alias("held_in_dataset")
+    own, of_dataset = alias_of(locks, "held_alone"), alias_of(locks, "held_in_dataset")
     by_file = sa.select(1).where(
         own.c.unit_id == file_id, Unguessed(sa.and_(own.c.endpoint_id == endpoint_id, _owner(own) == account_id))
     )

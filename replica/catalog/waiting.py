@@ -23,7 +23,7 @@ from replica.catalog.membership import Unguessed, any_of, by_index, literal, of_
 from replica.catalog.provision import IN_VAIN, LIVE
 from replica.catalog.rule_transfers import SUSPENDED, open_pairs
 from replica.db.engine import Session
-from replica.db.tables import dids, endpoints, files, locks, replicas, transfers
+from replica.db.tables import alias_of, dids, endpoints, files, locks, replicas, transfers
 from rules.quantities import counted
 from rules.states import TRANSFER_LEASED, ReplicaState, RuleState, TransferState
 from rules.transfers import classify, describe
@@ -73,7 +73,7 @@ class Group:
 def groups(s: Session, rule_id: int) -> list[Group]:
     """Of the copies that this rule locks and that are not there, whoever asked for them first."""
     pairs = open_pairs(rule_id)
-    vain = transfers.alias("vain")
+    vain = alias_of(transfers, "vain")
     ended = sa.select(1).where(
         vain.c.file_id == pairs.c.file_id,
         Unguessed(sa.and_(vain.c.target_id == pairs.c.endpoint_id, any_of(vain.c.state, IN_VAIN))),

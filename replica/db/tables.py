@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -79,6 +80,14 @@ def instant(value: int) -> datetime:
 
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself only on INTEGER
 Json = JSON().with_variant(JSONB, "postgresql")
+
+
+@cache
+def alias_of(table: Table, name: str) -> Any:
+    """The table under another name. One object for ever: to make one is to copy all its columns, a third of the time
+    of a small request when each statement makes its own."""
+    return table.alias(name)
+
 
 metadata = MetaData(
     naming_convention={
