@@ -32,11 +32,49 @@ def columns_of(s: Session, name: str, columns: Columns, values: Sequence[Sequenc
     """The same, of the values of each column: thousands of rows need not be made only to be taken apart."""
     if s.postgresql:
         arrays = [
-            sa.cast(sa.bindparam(None, _array(s, type_, column), sa.Text(), unique=True), ARRAY(type_))
+            sa.bindparam(None, _array(s, type_, column), sa.Text(), unique=True)
             for type_, column in zip(columns.values(), values, strict=True)
         ]
-        typed = [sa.column(column, type_) for column, type_ in columns.items()]
-        return sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
+        return _unnested(name, columns, arrays)
+    _fill(s, name, columns, values)
+    return _filled(name, columns)
+
+
+class Batch:
+    """The same for a statement that is built once, with `rows`, and executed with `holding(…)`: to build one anew costs
+    more than to execute it, where there are few rows."""
+
+    def __init__(self, name: str, columns: Columns) -> None:
+        self.name = name
+        self.columns = columns
+
+    def rows(self, postgresql: bool) -> sa.FromClause:
+        if postgresql:
+            arrays = [sa.bindparam(f"{self.name}_{column}", type_=sa.Text()) for column in self.columns]
+            return _unnested(self.name, self.columns, arrays)
+        return _filled(self.name, self.columns)
+
+    def holding(self, s: Session, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """What the statement is executed with."""
+        values = list(zip(*rows, strict=True)) or [()] * len(self.columns)
+        if s.postgresql:
+            typed = zip(self.columns.items(), values, strict=True)
+            return {f"{self.name}_{column}": _array(s, type_, value) for (column, type_), value in typed}
+        _fill(s, self.name, self.columns, values)
+        return {}
+
+
+def _unnested(name: str, columns: Columns, arrays: Sequence[sa.BindParameter[str]]) -> sa.FromClause:
+    cast = [sa.cast(array, ARRAY(type_)) for array, type_ in zip(arrays, columns.values(), strict=True)]
+    typed = [sa.column(column, type_) for column, type_ in columns.items()]
+    return sa.func.unnest(*cast).table_valued(*typed, name=name).render_derived()
+
+
+def _filled(name: str, columns: Columns) -> sa.FromClause:
+    return sa.table(f"batch_{name}", *(sa.column(column, type_) for column, type_ in columns.items())).alias(name)
+
+
+def _fill(s: Session, name: str, columns: Columns, values: Sequence[Sequence[Any]]) -> None:
     table = f"batch_{name}"
     declared = ", ".join(f'"{column}" {type_.compile(s.connection.dialect)}' for column, type_ in columns.items())
     s.connection.exec_driver_sql(f"DROP TABLE IF EXISTS temp.{table}")
@@ -46,7 +84,6 @@ def columns_of(s: Session, name: str, columns: Columns, values: Sequence[Sequenc
         bound = (map(bind, column) for bind, column in zip(binders, values, strict=True))
         marks = ", ".join("?" for _ in columns)
         s.connection.exec_driver_sql(f"INSERT INTO {table} VALUES ({marks})", list(zip(*bound, strict=True)))
-    return sa.table(table, *(sa.column(column, type_) for column, type_ in columns.items())).alias(name)
 
 
 def ids_of(s: Session, name: str, ids: Sequence[int]) -> sa.FromClause:
@@ -56,7 +93,12 @@ def ids_of(s: Session, name: str, ids: Sequence[int]) -> sa.FromClause:
 
 def insert(s: Session, table: sa.Table) -> Any:
     """An INSERT of the session's dialect, for `.on_conflict_do_nothing()` and `.on_conflict_do_update(…)`."""
-    return postgresql.insert(table) if s.postgresql else sqlite.insert(table)
+    return insert_of(table, s.postgresql)
+
+
+def insert_of(table: sa.Table, postgresql_: bool) -> Any:
+    """The same for a statement that is built once."""
+    return postgresql.insert(table) if postgresql_ else sqlite.insert(table)
 
 
 def _array(s: Session, type_: TypeEngine[Any], values: Sequence[Any]) -> str:

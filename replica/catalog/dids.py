@@ -273,7 +273,7 @@ def _hold_for_attaching(
     guards.one_at_a_time(s, "containers")
     joining = bulk.ids_of(s, "joining_files", sorted({id_ for id_, kind in below if kind is DidKind.FILE}))
     those = sa.select(bulk.ids_of(s, "parents", parent_ids).c.id)
-    guards.change_collections(s, sa.union(those, totals.datasets_of(s, joining)))
+    guards.change_collections(s, sa.union(those, totals.datasets_of(s.postgresql, joining)))
     guards.keep_collections(s, [id_ for id_, kind in below if kind is not DidKind.FILE], nested=True)
     totals.hold_files(s, joining)
     above = membership.ancestors(s, parent_ids)

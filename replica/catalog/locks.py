@@ -14,16 +14,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from replica.catalog import guards, placing, provision, reasons, totals, usage
-from replica.catalog.bulk import ids_of, rows_of
+from replica.catalog.bulk import Batch, ids_of, rows_of
 from replica.catalog.membership import (
     Unguessed,
     ancestors,
+    ancestors_of,
     any_of,
     by_index,
     closure,
@@ -59,6 +61,8 @@ SLICE_FILES = 5_000
 #: How many units are placed in one transaction.
 SLICE_UNITS = 10_000
 
+_PARENT = Batch("parent", {"id": sa.BigInteger()})
+_CHANGE = Batch("change", {name: sa.BigInteger() for name in ("id", "files", "available", "stuck", "bytes")})
 #: A rule that has ended and is due still has some locks, which are being removed (see replica.catalog.releasing).
 _MAY_HAVE_LOCKS = sa.or_(
     rules.c.state.not_in(tuple(RULE_WITHOUT_LOCKS)),
@@ -162,10 +166,15 @@ def _has_begun(s: Session, rule: sa.Row[Any]) -> bool:
 
 def _rules_above(s: Session, parent_id: int) -> Sequence[sa.Row[Any]]:
     """The rules that cover what is in the parent; the caller may change them from here on."""
-    above = ancestors(s, [parent_id])
-    query = sa.select(rules).where(rules.c.did_id.in_(sa.select(above.c.id)), _MAY_HAVE_LOCKS).order_by(rules.c.id)
-    held = s.execute(query.with_for_update(of=rules, key_share=True) if s.postgresql else query).all()
+    held = s.execute(_hold_above(s.postgresql), _PARENT.holding(s, [(parent_id,)])).all()
     return [rule for rule in held if _has_begun(s, rule)]
+
+
+@cache
+def _hold_above(postgresql: bool) -> sa.Select[Any]:
+    above = ancestors_of(_PARENT.rows(postgresql), postgresql)
+    query = sa.select(rules).where(rules.c.did_id.in_(sa.select(above.c.id)), _MAY_HAVE_LOCKS).order_by(rules.c.id)
+    return query.with_for_update(of=rules, key_share=True) if postgresql else query
 
 
 def _alive(above: Sequence[sa.Row[Any]]) -> list[sa.Row[Any]]:
@@ -261,7 +270,7 @@ def _at(s: Session, name: str, batch: sa.FromClause, there: Sequence[tuple[Any, 
     columns = {"endpoint_id": sa.BigInteger(), "rule_id": sa.BigInteger(), "priority": sa.SmallInteger()}
     at = rows_of(s, name, {**columns, "activity": sa.String()}, [row[:4] for row in there])
     sizes = sa.select(files.c.did_id.label("file_id"), files.c.size_bytes)
-    sized, walk = looked_up(s, batch, files.c.did_id, sizes, "sized")
+    sized, walk = looked_up(s.postgresql, batch, files.c.did_id, sizes, "sized")
     return sa.select(*sized.c, *at.c).select_from(walk.join(at, sa.true())).subquery(f"files_{name}")
 
 
@@ -296,17 +305,23 @@ def _counts(s: Session, pairs: sa.FromClause) -> Sequence[sa.Row[Any]]:
 
 def _count_files(s: Session, unit_id: int, counts: Sequence[sa.Row[Any]], sign: int) -> None:
     """So many files came into the unit (1) or went (-1)."""
-    names = ("endpoint_id", "files", "available", "stuck", "bytes")
-    rows = [(row.endpoint_id, row.files, row.available, row.stuck, int(row.bytes)) for row in counts]
-    change = rows_of(s, "change", {name: sa.BigInteger() for name in names}, rows)
-    s.execute(
+    changes = [
+        (row.endpoint_id, *(sign * int(n) for n in (row.files, row.available, row.stuck, row.bytes))) for row in counts
+    ]
+    s.execute(_add_to_locks(s.postgresql), {**_CHANGE.holding(s, changes), "unit": unit_id})
+
+
+@cache
+def _add_to_locks(postgresql: bool) -> sa.Update:
+    change = _CHANGE.rows(postgresql)
+    return (
         locks.update()
-        .where(locks.c.unit_id == unit_id, locks.c.endpoint_id == change.c.endpoint_id)
+        .where(locks.c.unit_id == sa.bindparam("unit", type_=sa.BigInteger()), locks.c.endpoint_id == change.c.id)
         .values(
-            files_total=locks.c.files_total + sign * change.c.files,
-            files_available=locks.c.files_available + sign * change.c.available,
-            files_stuck=locks.c.files_stuck + sign * change.c.stuck,
-            bytes_total=locks.c.bytes_total + sign * change.c.bytes,
+            files_total=locks.c.files_total + change.c.files,
+            files_available=locks.c.files_available + change.c.available,
+            files_stuck=locks.c.files_stuck + change.c.stuck,
+            bytes_total=locks.c.bytes_total + change.c.bytes,
         )
     )
 

@@ -43,9 +43,13 @@ def closure_of(did_id: int, name: str = "closure") -> sa.CTE:
 
 def ancestors(s: Session, ids: list[int]) -> sa.CTE:
     """`(id)`: the given DIDs and every collection above them."""
-    start = ids_of(s, "below", ids)
+    return ancestors_of(ids_of(s, "below", ids), s.postgresql)
+
+
+def ancestors_of(start: sa.FromClause, postgresql: bool) -> sa.CTE:
+    """The same of `start`, `(id)`."""
     walk = sa.select(start.c.id).cte("ancestors", recursive=True)
-    if s.postgresql:  # one by one, whatever it thinks of their number: all contents would be read instead
+    if postgresql:  # one by one, whatever it thinks of their number: all contents would be read instead
         above = sa.select(contents.c.parent_id).where(contents.c.child_id == walk.c.id).offset(0).lateral("above")
         return walk.union(sa.select(above.c.parent_id).select_from(walk.join(above, sa.true())))
     return walk.union(
@@ -54,14 +58,14 @@ def ancestors(s: Session, ids: list[int]) -> sa.CTE:
 
 
 def looked_up(
-    s: Session, batch: sa.FromClause, column: sa.ColumnElement[Any], rows: sa.Select[Any], name: str
+    postgresql: bool, batch: sa.FromClause, column: sa.ColumnElement[Any], rows: sa.Select[Any], name: str
 ) -> tuple[sa.FromClause, sa.FromClause]:
     """Those of `rows` of which `column` has a number of the batch, `(id)`; and what to select them from.
 
     PostgreSQL goes from each number to its rows by an index, in the order of the batch. Of tables that are new it
     thinks that they are small, and would now and then read all of one to find the rows of a few numbers.
     """
-    if not s.postgresql:
+    if not postgresql:
         found = rows.where(column.in_(sa.select(batch.c.id))).subquery(name)
         return found, found
     each = rows.where(column == batch.c.id).offset(0).lateral(name)

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from replica.catalog import guards, revival, rule_transfers
-from replica.catalog.bulk import Columns, insert, rows_of
+from replica.catalog.bulk import Batch, Columns, insert, rows_of
 from replica.catalog.membership import Unguessed, any_of, covering, files_of, literal, of_lock, of_pair
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
@@ -27,6 +28,8 @@ from rules.states import TRANSFER_TERMINAL, ReplicaState, TransferState
 LIVE = tuple(state for state in TransferState if state not in TRANSFER_TERMINAL)
 #: How a transfer ends without its file being there.
 IN_VAIN = (TransferState.FAILED, TransferState.CANCELLED)
+
+_BOOKING = Batch("booking", {"id": sa.BigInteger(), "bytes": sa.BigInteger()})
 
 PAIR: Columns = {"file_id": sa.BigInteger(), "endpoint_id": sa.BigInteger()}
 
@@ -225,12 +228,14 @@ def book(s: Session, bytes_by_endpoint: dict[int, int]) -> None:
     """Replica rows of so many bytes came (or, below zero, went); the caller holds the endpoints."""
     changes = sorted((e, n) for e, n in bytes_by_endpoint.items() if n)
     if changes:
-        batch = rows_of(s, "booking", {"id": sa.BigInteger(), "bytes": sa.BigInteger()}, changes)
-        s.execute(
-            endpoints.update()
-            .where(endpoints.c.id == batch.c.id)
-            .values(used_bytes=endpoints.c.used_bytes + batch.c.bytes)
-        )
+        s.execute(_add_bytes(s.postgresql), _BOOKING.holding(s, changes))
+
+
+@cache
+def _add_bytes(postgresql: bool) -> sa.Update:
+    batch = _BOOKING.rows(postgresql)
+    more = endpoints.c.used_bytes + batch.c.bytes
+    return endpoints.update().where(endpoints.c.id == batch.c.id).values(used_bytes=more)
 
 
 def _protect(s: Session, wanted: sa.FromClause) -> None:

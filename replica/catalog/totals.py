@@ -10,31 +10,39 @@ Partner   replica.catalog.locks calls it where contents change; .usage marks the
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from replica.catalog import guards
-from replica.catalog.bulk import columns_of, ids_of
+from replica.catalog.bulk import Batch, columns_of, ids_of
 from replica.catalog.membership import Unguessed, dids_named, literal, looked_up
 from replica.db.engine import Session
 from replica.db.tables import alias_of, contents, dids, files, locks, rules, scopes
 from rules.names import Did
 from rules.states import DidKind
 
+_TO_ATTACH = Batch("to_attach", {"id": sa.BigInteger()})
+
 
 def hold_parent(s: Session, parent_id: int, file_ids: Sequence[int] = ()) -> sa.Row[Any]:
     """Before files are put into the parent: it, and the datasets that will be marked as sharing a file with it, in one
     order. Nobody who holds one of them waits for another. Returns what the parent is now: `open`, `deleted_at`."""
+    if s.postgresql and file_ids:
+        given = {**_TO_ATTACH.holding(s, [(id_,) for id_ in file_ids]), "parent": parent_id}
+        return next(row for row in s.execute(_hold_with_sharing(), given).all() if row.id == parent_id)
+    query = sa.select(dids.c.id, dids.c.open, dids.c.deleted_at).where(dids.c.id == parent_id)
+    return s.execute(query.with_for_update(key_share=True)).one()
+
+
+@cache
+def _hold_with_sharing() -> sa.Select[Any]:
+    own = sa.select(sa.bindparam("parent", type_=sa.BigInteger()).label("id"))
+    concerned = sa.union(own, datasets_of(True, _TO_ATTACH.rows(postgresql=True)))
     query = sa.select(dids.c.id, dids.c.open, dids.c.deleted_at)
-    if not s.postgresql or not file_ids:
-        mine = query.where(dids.c.id == parent_id)
-        return s.execute(mine.with_for_update(key_share=True)).one()
-    own = sa.select(sa.literal(parent_id, sa.BigInteger()).label("id"))
-    concerned = sa.union(own, datasets_of(s, ids_of(s, "to_attach", file_ids)))
-    few = sa.func.array(concerned.scalar_subquery())
-    held = query.where(dids.c.id == sa.any_(few)).order_by(dids.c.kind.desc(), dids.c.id)
-    return next(row for row in s.execute(held.with_for_update(key_share=True)).all() if row.id == parent_id)
+    few = query.where(dids.c.id == sa.any_(sa.func.array(concerned.scalar_subquery())))
+    return few.order_by(dids.c.kind.desc(), dids.c.id).with_for_update(key_share=True)
 
 
 def hold_datasets(s: Session, parent: Did, children: Collection[Did]) -> None:
@@ -50,13 +58,13 @@ def hold_datasets(s: Session, parent: Did, children: Collection[Did]) -> None:
         .join_from(dids, scopes, scopes.c.id == dids.c.scope_id)
         .where(scopes.c.name == parent.scope, dids.c.name == parent.name, dids.c.kind == literal(DidKind.DATASET))
     )
-    guards.change_collections(s, sa.union(own, datasets_of(s, known)))
+    guards.change_collections(s, sa.union(own, datasets_of(s.postgresql, known)))
 
 
-def datasets_of(s: Session, batch: sa.FromClause) -> sa.Select[Any]:
+def datasets_of(postgresql: bool, batch: sa.FromClause) -> sa.Select[Any]:
     """The datasets that hold some of these files, `(id)`, and that are not known to share any."""
     dataset = alias_of(dids, "other_dataset")
-    parents, walk = looked_up(s, batch, contents.c.child_id, sa.select(contents.c.parent_id), "holding")
+    parents, walk = looked_up(postgresql, batch, contents.c.child_id, sa.select(contents.c.parent_id), "holding")
     is_alone = sa.and_(dataset.c.kind == literal(DidKind.DATASET), sa.not_(dataset.c.shared))
     # The offset keeps PostgreSQL from gathering all datasets there are, to ask about a few.
     alone = sa.select(1).where(dataset.c.id == parents.c.parent_id, is_alone).offset(0)
@@ -68,7 +76,7 @@ def held_files(s: Session, batch: sa.FromClause) -> tuple[sa.FromClause, sa.From
     them from. Two who put one file into two datasets at once would both not see that it is shared; so the second waits.
     """
     rows = sa.select(dids.c.id, dids.c.deleted_at).with_for_update(key_share=True)
-    return looked_up(s, batch, dids.c.id, rows, "held_files")
+    return looked_up(s.postgresql, batch, dids.c.id, rows, "held_files")
 
 
 def hold_files(s: Session, batch: sa.FromClause) -> None:
@@ -82,7 +90,7 @@ def hold_late(s: Session, batch: sa.FromClause) -> bool:
     them could be held. Without waiting, for which it is too late."""
     if not s.postgresql:
         return True
-    late = set(s.execute(datasets_of(s, batch).distinct()).scalars())
+    late = set(s.execute(datasets_of(s.postgresql, batch).distinct()).scalars())
     if not late:
         return True
     query = sa.select(dids.c.id).where(dids.c.id.in_(sorted(late)))
@@ -94,17 +102,17 @@ def joined(s: Session, dataset_id: int, batch: sa.FromClause, count: int) -> boo
     some of its files with other units."""
     other = alias_of(contents, "other")
     others = sa.select(other.c.parent_id).where(Unguessed(other.c.parent_id != dataset_id))
-    _, elsewhere = looked_up(s, batch, other.c.child_id, others, "elsewhere")
-    _, single = looked_up(s, batch, locks.c.unit_id, sa.select(locks.c.rule_id), "single")
+    _, elsewhere = looked_up(s.postgresql, batch, other.c.child_id, others, "elsewhere")
+    _, single = looked_up(s.postgresql, batch, locks.c.unit_id, sa.select(locks.c.rule_id), "single")
     # A rule that begins later, or waits for approval, will lock the file alone when nobody looks at its datasets.
-    _, later = looked_up(s, batch, rules.c.did_id, sa.select(rules.c.id), "later")
+    _, later = looked_up(s.postgresql, batch, rules.c.did_id, sa.select(rules.c.id), "later")
     units = (sa.exists(sa.select(1).select_from(walk)) for walk in (elsewhere, single, later))
     anywhere = sa.or_(dids.c.shared, *units)
     shared = sa.case((anywhere, sa.true()), else_=sa.false())
     bytes_ = _bytes(s, batch)
     now_shared = _count(s, dataset_id, count, bytes_, shared=shared)
     if now_shared:
-        parents, walk = looked_up(s, batch, contents.c.child_id, sa.select(contents.c.parent_id), "parents")
+        parents, walk = looked_up(s.postgresql, batch, contents.c.child_id, sa.select(contents.c.parent_id), "parents")
         s.execute(
             dids.update()
             .where(dids.c.id.in_(sa.select(parents.c.parent_id).select_from(walk)), dids.c.shared.is_(False))
@@ -120,7 +128,7 @@ def left(s: Session, dataset_id: int, file_ids: Sequence[int]) -> None:
 
 
 def _bytes(s: Session, batch: sa.FromClause) -> sa.ScalarSelect[int]:
-    sizes, walk = looked_up(s, batch, files.c.did_id, sa.select(files.c.size_bytes), "sizes")
+    sizes, walk = looked_up(s.postgresql, batch, files.c.did_id, sa.select(files.c.size_bytes), "sizes")
     return sa.select(sa.func.coalesce(sa.func.sum(sizes.c.size_bytes), 0)).select_from(walk).scalar_subquery()
 
 
