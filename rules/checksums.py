@@ -97,7 +97,9 @@ def packed(values: Mapping[str, str]) -> Packed:
     """`Checksums.of`, for thousands at a time; raises as it does."""
     found: list[bytes | None] = [None] * len(DIGITS)
     for algorithm, value in values.items():
-        place, digits = _PLACES.get(algorithm, (0, 0))
+        if algorithm not in _PLACES:
+            return _packed_slowly(values)
+        place, digits = _PLACES[algorithm]
         try:
             found[place] = content = bytes.fromhex(value)
         except ValueError:

@@ -59,6 +59,8 @@ def test_the_strongest_comes_first_whatever_the_order_given() -> None:
         {"sha256": "zz"},
         {"md5": ""},
         {"rot13": "00"},
+        {"rot13": ""},
+        {"sha256": "0" * 64, "rot13": ""},
     ],
 )
 def test_packed_takes_and_refuses_what_checksums_do(values: dict[str, str]) -> None:
