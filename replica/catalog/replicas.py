@@ -309,6 +309,8 @@ def _known(s: Session, given: Sequence[_Given], scope_ids: dict[str, int]) -> di
 
 def _make(s: Session, given: Sequence[_Given], scope_ids: dict[str, int], account_id: int) -> None:
     """Insert those that do not exist, and note which they are. What others are inserting is waited for."""
+    for file in given:
+        file.new = False  # what was made before the transaction was rolled back and begun again is not any more
     names = _named(s, given, scope_ids)
     values = sa.select(
         names.c.scope_id,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import deletions, did_deletion, dids, endpoints, guards, rule_changes, rules, scopes
+from replica.catalog import deletions, did_deletion, dids, endpoints, guards, rule_changes, rules, scopes, totals
 from replica.db import tables as t
 from replica.db.engine import Database, Session
 from replica.db.tables import EPOCH
@@ -21,6 +22,10 @@ from rules.names import Did
 from tests.conftest import HandClock
 from tests.replica.catalog.cleaning import CleanWorld
 from tests.replica.catalog.world import ROOT, failed
+
+WAITING = sa.text(
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
 
 
 @pytest.fixture
@@ -50,16 +55,13 @@ def behind(
 
     `then`: what the first one still does while the second waits.
     """
-    waiting = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
     with ThreadPoolExecutor(1) as thread:
         with world.db.write() as s:
             first(s)
             future = thread.submit(second)
             with world.db.engine.connect() as looking:
                 while not future.done():
-                    if looking.execute(waiting).scalar_one():
+                    if looking.execute(WAITING).scalar_one():
                         break
                     looking.rollback()
                     time.sleep(0.005)
@@ -83,6 +85,40 @@ def test_what_is_deleted_at_this_moment_is_attached_nowhere_and_takes_nothing_in
     assert isinstance(behind(at_once, gone(dataset), lambda: at_once.attach(dataset, names[1])), NotFound)
     assert isinstance(behind(at_once, gone(names[1]), lambda: at_once.rule(names[1], "HZDR-DISK")), NotFound)
     assert at_once.count(t.rules) == 0
+    at_once.check()
+
+
+def test_a_registration_that_begins_again_takes_nothing_for_new_that_others_made_meanwhile(
+    at_once: CleanWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = at_once.collection("d")
+    [known] = at_once.files(1, "DESY-DISK", size=7)
+    hold_datasets = totals.hold_datasets
+    with ThreadPoolExecutor(1) as thread:
+        others: list[Future[None]] = []
+
+        def hold_late(s: Session, batch: sa.FromClause) -> bool:
+            """The first time: somebody registers what we have just made, and we must let go of it."""
+            if not others:
+                others.append(thread.submit(at_once.register, ["t:new"], "DESY-DISK", size=7))
+                with at_once.db.engine.connect() as looking:
+                    while not looking.execute(WAITING).scalar_one():
+                        looking.rollback()
+                        time.sleep(0.005)
+                return False
+            return True
+
+        def after_them(*given: Any) -> None:
+            for other in others:
+                other.result()
+            hold_datasets(*given)
+
+        monkeypatch.setattr(totals, "hold_late", hold_late)
+        monkeypatch.setattr(totals, "hold_datasets", after_them)
+        at_once.register([known, "t:new"], "HZDR-DISK", dataset, size=7)
+    assert at_once.contents(dataset) == [known, "t:new"]
+    assert at_once.count(t.replicas) == 4
+    assert at_once.count(t.replicas, t.replicas.c.file_id.not_in(sa.select(t.files.c.did_id))) == 0
     at_once.check()
 
 
