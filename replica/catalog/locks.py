@@ -465,13 +465,14 @@ def count_missing(s: Session, rule: sa.Row[Any]) -> None:
 # --- replicas changed -----------------------------------------------------------------------------------------------
 
 
-def replicas_became_available(s: Session, pairs: sa.FromClause) -> None:
+def replicas_became_available(s: Session, pairs: sa.FromClause, *, none_there: bool = False) -> None:
     """The replicas of `pairs` (file_id, endpoint_id) were not available before this transaction and now are.
 
+    `none_there`: none of them was there at all, so none was counted as stuck, whatever failed or was cancelled once.
     The caller holds the rules that cover them. Conflict when one was added since then and is being changed.
     """
     guards.change_rules_that_came(s, pairs)
-    concerned = count_available(s, pairs, 1)
+    concerned = count_available(s, pairs, 1, none_stuck=none_there)
     end_needless(s, pairs)
     sources_appeared(s, pairs)
     settle(s, concerned)

@@ -376,7 +376,8 @@ def count_stuck(s: Session, pairs: sa.FromClause, sign: int) -> list[int]:
 def count_available(s: Session, pairs: sa.FromClause, sign: int, *, none_stuck: bool = False) -> list[int]:
     """These became available (1), or no longer are (-1); their transfers are still as they were before.
 
-    `none_stuck`: all of them have one under way. Returns the ids of the rules that noticed; the caller holds them.
+    `none_stuck`: all of them have one under way, or were not there at all. Returns the ids of the rules that noticed;
+    the caller holds them.
     """
     cover = covering(pairs)
     was_stuck: sa.ColumnElement[int] = sa.literal(0)

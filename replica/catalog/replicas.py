@@ -133,20 +133,23 @@ def _enter(
     locks.hold_for_registration(s, covered, endpoint.id, dataset_id)
     _refuse_taken_paths(s, everything, endpoint)
 
-    came, waiting = _replicas(s, everything, endpoint.id, endpoint.name)
-    if waiting:
-        _verifications(s, waiting, endpoint.id, endpoint.site_id)
+    made, came, waiting = _replicas(s, everything, endpoint.id, endpoint.name)
+    to_verify = [*(file for file in made if not file.proven), *waiting]
+    if to_verify:
+        _verifications(s, to_verify, waiting, endpoint.id, endpoint.site_id)
         s.wake.add(f"site.{endpoint.site}")
-    if came := [file for file in came if not file.new]:
-        # Before the files are put into the dataset: its rules then count them once, as available, when they come in.
+    # Before the files are put into the dataset: its rules then count them once, as available, when they come in.
+    if came:
         locks.replicas_became_available(s, _pairs(s, "came", came, endpoint.id))
+    if entered := [file for file in made if file.proven and not file.new]:
+        locks.replicas_became_available(s, _pairs(s, "entered", entered, endpoint.id), none_there=True)
     attached = 0
     if dataset_id is not None:
         attached = dids.attach_ids(s, dataset_id, DidKind.DATASET, [file.file_id for file in everything])
         if attached:
             outbox.record(s, "did.attached", dataset_id, account_id, did=str(dataset), attached=attached)
     new = len(everything) - len(known)
-    return wire.Registered(files=len(everything), new=new, attached=attached, to_verify=len(waiting))
+    return wire.Registered(files=len(everything), new=new, attached=attached, to_verify=len(to_verify))
 
 
 def locate(s: Session, did: Did, cursor: str | None, limit: int) -> wire.Page[wire.Replica]:
@@ -462,8 +465,9 @@ def _pairs(s: Session, name: str, given: Sequence[_Given], endpoint_id: int) -> 
 
 def _replicas(
     s: Session, given: Sequence[_Given], endpoint_id: int, endpoint: str
-) -> tuple[list[_Given], list[_Given]]:
-    """Enter the replicas. Returns those that became available by it, and those to be verified in place."""
+) -> tuple[list[_Given], list[_Given], list[_Given]]:
+    """Enter the replicas. Returns those that were not there before; and of those that were, which became available by
+    it, and which are to be verified in place."""
     entered = [file for file in given if file.new]
     if entered:
         s.execute(_insert_replicas(s, entered, endpoint_id, sa.literal(1)))
@@ -474,13 +478,9 @@ def _replicas(
         entered += [known.pop(id_) for id_ in s.execute(made).scalars().all()]
     if entered:
         _take_space(s, endpoint_id, sum(file.size for file in entered))
-    came = [file for file in entered if file.proven]
-    waiting = [file for file in entered if not file.proven]
-    if known:
-        came_too, waiting_too = _those_there(s, [known[id_] for id_ in sorted(known)], endpoint_id, endpoint)
-        came += came_too
-        waiting += waiting_too
-    return came, waiting
+    if not known:
+        return entered, [], []
+    return entered, *_those_there(s, [known[id_] for id_ in sorted(known)], endpoint_id, endpoint)
 
 
 def _insert_replicas(
@@ -514,7 +514,7 @@ def _insert_replicas(
 def _those_there(
     s: Session, given: Sequence[_Given], endpoint_id: int, endpoint: str
 ) -> tuple[list[_Given], list[_Given]]:
-    """The same for files whose replica at this endpoint was known before."""
+    """Files whose replica at this endpoint was known before: which became available, and which are to be verified."""
     by_id = {file.file_id: file for file in given}
     ids = bulk.ids_of(s, "there", list(by_id))
     at_endpoint = replicas.c.endpoint_id == endpoint_id
@@ -567,10 +567,13 @@ def _take_space(s: Session, endpoint_id: int, size: int) -> None:
     s.execute(sa.update(tables.endpoints).where(e.id == endpoint_id).values(values))
 
 
-def _verifications(s: Session, waiting: Sequence[_Given], endpoint_id: int, site_id: int) -> None:
+def _verifications(
+    s: Session, waiting: Sequence[_Given], there: Sequence[_Given], endpoint_id: int, site_id: int
+) -> None:
     """A transfer for each, unless one is on its way: its worker finds the bytes at the target and verifies them."""
-    # Rules for which such a copy was stuck see that it is tried again.
-    settle(s, provision.try_again(s, _pairs(s, "verified", waiting, endpoint_id)))
+    if there:
+        # Rules for which such a copy was stuck see that it is tried again. Where none was, none was stuck.
+        settle(s, provision.try_again(s, _pairs(s, "verified", there, endpoint_id)))
     columns: bulk.Columns = {"file_id": sa.BigInteger(), "size_bytes": sa.BigInteger()}
     rows = sorted((file.file_id, file.size) for file in waiting)
     batch = bulk.rows_of(s, "waiting", columns, rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from replica.catalog import provision
 from replica.db import tables
 from replica.db.engine import Database
 from rules.states import ReplicaState, TransferState
@@ -176,6 +177,24 @@ def test_a_copy_registered_where_a_rule_wants_one_completes_the_rule_and_stops_t
     assert world.show(rule).state == "ok"
     assert {t.state for t in world.transfers()} == {"cancelled"}
     assert world.report("HZDR", [done(o) for o in held]).stale == [held[0].transfer]
+    world.check()
+
+
+@pytest.mark.parametrize("evidence", ["hashed", "declared"])
+def test_what_is_registered_before_a_rule_made_it_was_not_stuck_though_it_was_cancelled_once(
+    world: World, evidence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = world.collection("d")
+    names = world.files(3, "DESY-DISK", dataset)
+    world.delete(world.rule(dataset, "HZDR-DISK"))
+    with monkeypatch.context() as patched:
+        patched.setattr(provision, "apply_locks", lambda *given: 0)  # it is much, and left to evaluation
+        rule = world.rule(dataset, "HZDR-DISK")
+    world.register(names[:2], "HZDR-DISK", evidence=evidence)
+    world.check()
+    world.evaluate()
+    world.move("HZDR")
+    assert world.show(rule).state == "ok"
     world.check()
 
 
