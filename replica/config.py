@@ -52,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     site: str | None = None
     #: Directories a worker may touch; empty: any.
     roots: tuple[str, ...] = ()
+    #: Secrets for storages that ask for some: see replica.storage.credentials.
+    credentials_file: str | None = None
     #: Files (or lists of small files) that a worker moves at the same time.
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=256)] = 4
     #: How often a worker looks by itself, ±50 %.

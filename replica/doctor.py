@@ -20,6 +20,7 @@ import msgspec
 from replica.client import Client
 from replica.client.places import Places, is_this_machine
 from replica.config import KEYS, Settings
+from replica.storage.credentials import Credentials
 from rules.errors import NotAllowed, NotAuthenticated, ReplicaError
 
 #: The server, the database and the broker are each waited for so long.
@@ -111,6 +112,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
             "set REPLICA_BROKER_URL, for example redis://127.0.0.1:6379/0",
         )
     yield from _roots(settings)
+    yield from _credentials(settings)
     if settings.server:
         yield from _server(settings)
 
@@ -193,6 +195,16 @@ def _roots(settings: Settings) -> Iterator[Finding]:
             "the worker may touch any directory that its account can",
             "list the directories of the site's endpoints in REPLICA_ROOTS",
         )
+
+
+def _credentials(settings: Settings) -> Iterator[Finding]:
+    try:
+        known = Credentials.at(settings.credentials_file)
+    except ReplicaError as error:
+        yield _wrong("credentials_file", error)
+    else:
+        if settings.credentials_file:
+            yield Finding("good", "credentials_file", f"{known} can be read")
 
 
 def _database(url: str) -> Iterator[Finding]:

@@ -36,6 +36,7 @@ from replica.config import Settings, load
 from replica.db import schema
 from replica.db.engine import Database
 from replica.hints import CONTROL, Hints
+from replica.storage.credentials import Credentials
 from rules.errors import NotAuthenticated, Refused
 from workers.app import site_queue
 from workers.consumer import Consumer
@@ -239,6 +240,7 @@ class Embedded:
             lambda: token,
             label=site,
             roots=self.settings.roots,
+            credentials=Credentials.at(self.settings.credentials_file),
             concurrency=self.settings.concurrency,
             poll_seconds=self.settings.poll_seconds,
             stop_seconds=STOP_SECONDS,

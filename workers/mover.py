@@ -34,6 +34,7 @@ from replica import wire
 from replica.client import AsyncClient
 from replica.log import Sparing, get_logger
 from replica.storage.base import Storage
+from replica.storage.credentials import Credentials
 from rules.errors import Invalid, NoSpace, NotAllowed, NotAuthenticated, ReplicaError, Unavailable
 from workers.carrying import LIST_BYTES, LIST_FILES, Carrier, Held
 from workers.removing import Remover
@@ -68,6 +69,7 @@ class Mover:
         *,
         label: str = "",
         roots: Sequence[str] = (),
+        credentials: Credentials | None = None,
         concurrency: int = 4,
         poll_seconds: float = 30.0,
         stop_seconds: float = 10.0,
@@ -82,7 +84,7 @@ class Mover:
         #: How long a stop may take in all, and how long of it a large file is given to finish.
         self.stop_seconds = stop_seconds
         self.finish_seconds = finish_seconds
-        self._storages = Storages(roots)
+        self._storages = Storages(roots, credentials)
         #: Counted since the start, for people and tests.
         self.done = self.failed = self.given_back = self.lost = self.bytes_done = 0
         #: By the monotonic clock: the last sign of life of the loop; None when it does not run.

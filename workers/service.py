@@ -23,6 +23,7 @@ from replica import log
 from replica.collector import settle_in
 from replica.config import Settings
 from replica.hints import CONTROL
+from replica.storage.credentials import Credentials
 from rules.errors import Invalid
 from workers.app import TIMETABLE, USUAL_PACE_SECONDS, Entry, site_queue
 from workers.mover import Mover, MoverThread
@@ -83,6 +84,7 @@ def mover_of(settings: Settings, site: str, server: str, **options: Any) -> Move
         settings.read_token,
         label=site,
         roots=settings.roots,
+        credentials=Credentials.at(settings.credentials_file),
         concurrency=settings.concurrency,
         poll_seconds=settings.poll_seconds,
         **options,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit
 
 from replica.storage.base import Storage
+from replica.storage.credentials import Credentials
 from replica.storage.registry import open_storage
 from rules.errors import Forbidden, Side
 
@@ -24,8 +25,9 @@ KEPT = 1_000
 class Storages:
     """Safe to use from any thread. `get` may wait for a disk, so an event loop asks it in a thread."""
 
-    def __init__(self, roots: Sequence[str] = ()) -> None:
+    def __init__(self, roots: Sequence[str] = (), credentials: Credentials | None = None) -> None:
         self.roots = tuple(roots)
+        self._credentials = credentials
         self._open: dict[str, Storage] = {}
         self._lock = threading.Lock()
 
@@ -35,7 +37,7 @@ class Storages:
         if found is not None and found.name == name:
             return found
         self._permit(url, name, side)
-        storage = open_storage(url, name=name)
+        storage = open_storage(url, name=name, credentials=self._credentials)
         with self._lock:
             while len(self._open) >= KEPT:
                 self._open.pop(next(iter(self._open)))

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from replica.storage.base import Storage
+from replica.storage.credentials import Credentials, Settings
 from rules.errors import Invalid
 from rules.names import shown
 
@@ -21,8 +23,11 @@ _MEMORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}\Z")
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-def open_storage(url: str, *, name: str = "") -> Storage:
-    """The storage behind `url`; `name` is the endpoint's, for messages. Raises Invalid with what would be right."""
+def open_storage(url: str, *, name: str = "", credentials: Credentials | None = None) -> Storage:
+    """The storage behind `url`; `name` is the endpoint's, for messages. Raises Invalid with what would be right.
+
+    Without `credentials` a storage that asks for any refuses every verb with Forbidden; opening it is no refusal.
+    """
 
     def no(reason: str, hint: str = "") -> Invalid:
         return Invalid(f"the URL {shown(url)} {reason}", hint=hint or _SUPPORTED, field="url")
@@ -45,15 +50,26 @@ def open_storage(url: str, *, name: str = "") -> Storage:
         raise no("carries a user name", "credentials are never part of an endpoint's URL")
     if "?" in url or "#" in url:
         raise no("has a query or a fragment", "write '?' as %3F and '#' as %23 if they belong to the path")
-    return opener(parts, url, name, no)
+    return opener(Given(url, parts, name, (credentials or Credentials()).of(url)), no)
 
 
 Refusal = Callable[..., Invalid]
 
 
-def _file(parts: SplitResult, url: str, name: str, no: Refusal) -> Storage:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an adapter is opened with."""
+
+    url: str
+    parts: SplitResult
+    name: str
+    settings: Settings = field(repr=False)
+
+
+def _file(given: Given, no: Refusal) -> Storage:
     from replica.storage.posix import PosixStorage
 
+    parts = given.parts
     if parts.netloc:
         raise no("names a host", "a file URL has three slashes: file:///data/x")
     if _BAD_PERCENT.search(parts.path):
@@ -69,16 +85,17 @@ def _file(parts: SplitResult, url: str, name: str, no: Refusal) -> Storage:
         raise no("is the root of the machine", "give the endpoint a folder of its own: file:///data/x")
     if any(segment in ("", ".", "..") for segment in segments):
         raise no("has an empty segment, '.' or '..'", "write the path plainly: file:///data/x")
-    return PosixStorage(path, name=name, url=url)
+    return PosixStorage(path, name=given.name, url=given.url)
 
 
-def _memory(parts: SplitResult, url: str, name: str, no: Refusal) -> Storage:
+def _memory(given: Given, no: Refusal) -> Storage:
     from replica.storage.memory import MemoryStorage
 
+    parts = given.parts
     if not _MEMORY_NAME.match(parts.netloc) or parts.path not in ("", "/"):
         raise no("is not memory://name", "use letters, digits, '.', '_' and '-' after memory://")
-    return MemoryStorage(parts.netloc, name=name, url=url)
+    return MemoryStorage(parts.netloc, name=given.name, url=given.url)
 
 
-_SCHEMES: dict[str, Callable[[SplitResult, str, str, Refusal], Storage]] = {"file": _file, "memory": _memory}
+_SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {"file": _file, "memory": _memory}
 _SUPPORTED = "supported are file:///absolute/path and memory://name"

@@ -108,6 +108,17 @@ def test_roots_that_are_not_there(system: Embedded, tmp_path: Path):
     assert wrong(examination) == [f"{tmp_path / 'none'} in roots is no directory"]
 
 
+def test_credentials_that_others_can_read(system: Embedded, tmp_path: Path):
+    file = tmp_path / "credentials.toml"
+    file.write_text('["davs://a"]\ntoken = "secret"\n')
+    file.chmod(0o644)
+    (message,) = wrong(examine(of_system(system, credentials_file=str(file))))
+    assert "open to others" in message
+    file.chmod(0o600)
+    examination = examine(of_system(system, credentials_file=str(file)))
+    assert any("credentials for 1 beginning of URLs can be read" in f.message for f in examination.findings)
+
+
 def test_a_database_without_tables_or_that_is_not_there(empty_postgresql_url: str, tmp_path: Path):
     examination = examine(settings(database_url=empty_postgresql_url))
     assert "replica migrate" in remedies(examination)
