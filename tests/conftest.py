@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from replica.db import schema
 from replica.db.engine import Database
 from tests.servers import PostgreSQL, Redis
+from tests.servers_xrootd import XRootD, running
 
 _numbers = itertools.count(1)
 
@@ -48,6 +49,27 @@ def redis_server() -> Iterator[Redis]:
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture(scope="session")
+def _xrootd_pair() -> Iterator[tuple[XRootD, XRootD]]:
+    one = XRootD("one")
+    for pair in running(one, XRootD("two", trusting=one)):
+        yield pair[0], pair[1]
+
+
+@pytest.fixture
+def xrootd_pair(_xrootd_pair: tuple[XRootD, XRootD]) -> tuple[XRootD, XRootD]:
+    """Two empty XRootD servers that trust each other's certificates. Who stops one starts it again."""
+    for server in _xrootd_pair:
+        server.empty()
+    return _xrootd_pair
+
+
+@pytest.fixture
+def xrootd(xrootd_pair: tuple[XRootD, XRootD]) -> XRootD:
+    """An empty XRootD server; `.url_http`, `.url_https`, `.url_root`, `.data`."""
+    return xrootd_pair[0]
 
 
 @pytest.fixture
