@@ -72,20 +72,47 @@ def _file(given: Given, no: Refusal) -> Storage:
     parts = given.parts
     if parts.netloc:
         raise no("names a host", "a file URL has three slashes: file:///data/x")
-    if _BAD_PERCENT.search(parts.path):
+    path = _folder(parts.path, no, "file:///data/x")
+    return PosixStorage(path, name=given.name, url=given.url)
+
+
+def _sftp(given: Given, no: Refusal) -> Storage:
+    try:
+        from replica.storage.sftp import SftpStorage
+    except ModuleNotFoundError as error:
+        if error.name != "asyncssh":
+            raise
+        raise no("needs asyncssh, which is not installed", "pip install 'replica-manager[sftp]'") from None
+
+    parts = given.parts
+    example = "sftp://host:22/data/x"
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise no("has a port that is no number", example) from None
+    if not host or port == 0:
+        raise no("names no host", example)
+    return SftpStorage(
+        host, port or 22, _folder(parts.path, no, example), given.settings, name=given.name, url=given.url
+    )
+
+
+def _folder(escaped: str, no: Refusal, example: str) -> str:
+    """The absolute path of a folder, written plainly."""
+    if _BAD_PERCENT.search(escaped):
         raise no("has a '%' that is not followed by two hexadecimal digits", "write '%' as %25")
     try:
-        path = unquote(parts.path, errors="strict").removesuffix("/")
+        path = unquote(escaped, errors="strict").removesuffix("/")
     except UnicodeDecodeError:
         raise no("is not UTF-8") from None
     if "\0" in path:
         raise no("holds a NUL character")
     segments = path.split("/")[1:]
     if not segments:
-        raise no("is the root of the machine", "give the endpoint a folder of its own: file:///data/x")
+        raise no("is the root of the machine", f"give the endpoint a folder of its own: {example}")
     if any(segment in ("", ".", "..") for segment in segments):
-        raise no("has an empty segment, '.' or '..'", "write the path plainly: file:///data/x")
-    return PosixStorage(path, name=given.name, url=given.url)
+        raise no("has an empty segment, '.' or '..'", f"write the path plainly: {example}")
+    return path
 
 
 def _memory(given: Given, no: Refusal) -> Storage:
@@ -97,5 +124,5 @@ def _memory(given: Given, no: Refusal) -> Storage:
     return MemoryStorage(parts.netloc, name=given.name, url=given.url)
 
 
-_SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {"file": _file, "memory": _memory}
-_SUPPORTED = "supported are file:///absolute/path and memory://name"
+_SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {"file": _file, "memory": _memory, "sftp": _sftp}
+_SUPPORTED = "supported are file:///absolute/path, sftp://host/absolute/path and memory://name"

@@ -3,6 +3,7 @@ import pytest
 from replica.storage.memory import MemoryStorage
 from replica.storage.posix import PosixStorage
 from replica.storage.registry import open_storage
+from replica.storage.sftp import SftpStorage
 from rules.errors import Invalid
 
 
@@ -26,6 +27,13 @@ def test_a_memory_url_is_a_store_of_that_name():
     storage = open_storage("memory://demo")
     assert isinstance(storage, MemoryStorage)
     assert storage.store == "demo"
+
+
+@pytest.mark.parametrize("url", ["sftp://se.example.org/data/with%20space", "sftp://se.example.org:2022/data/x/"])
+def test_an_sftp_url_is_a_folder_at_a_host(url):
+    storage = open_storage(url, name="SSH")
+    assert isinstance(storage, SftpStorage)
+    assert (storage.name, storage.url) == ("SSH", url)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,15 @@ def test_a_memory_url_is_a_store_of_that_name():
         "https://store.example.org/",
         "s3://bucket",
         "gopher://x",
+        "sftp:///data/x",
+        "sftp://host",
+        "sftp://host/",
+        "sftp://host/a/../b",
+        "sftp://host/~//x",
+        "sftp://host:port/x",
+        "sftp://host:0/x",
+        "sftp://host:99999/x",
+        "sftp://user:word@host/x",
         "data:,x",
         "://x",
     ],
