@@ -17,8 +17,9 @@ What the protocol allows, and what is made of it:
                       reading like a file and syncs it. Where a server does not let a folder be opened, its line is as
                       durable as the server's file system makes it by itself (seconds, with a journal): a power cut may
                       take back a publish, never leave a part of a file.
-    symbolic links    none is followed: each segment is looked at before a path is used. Version 3 of the protocol knows
-                      only names, no descriptors of folders, so somebody with an account at the server who may write
+    symbolic links    none is followed: each segment is looked at before a path is used (a folder again after a second,
+                      the file and the sentinel each time). Version 3 of the protocol knows only names, no descriptors
+                      of folders, so somebody with an account at the server who may write
                       in the root can put a link there between look and use. Who must not be trusted so far needs
                       a server that keeps this user in the root (ChrootDirectory). Links above the root are the
                       administrator's: they are resolved once a session.
@@ -84,6 +85,9 @@ T = TypeVar("T")
 
 #: Requests of one file on the way. The server answers them in order; more only takes memory.
 AHEAD = 16
+#: How long a folder that was seen to be one is not looked at again, and of how many that is remembered.
+_FOLDER_SECONDS = 1.0
+_FOLDERS_REMEMBERED = 10_000
 #: Less than this free after a write failed: it failed because the disk is full, though the server does not say so.
 _FULL_BYTES = 1 << 20
 #: POSIX's NAME_MAX and PATH_MAX, as Linux has them.
@@ -228,6 +232,8 @@ class SftpStorage:
             session.root = await self._resolve(session)
         self._refuse_too_long(session, path)
         names = _prefixes(path) if path else []
+        now = asyncio.get_running_loop().time()
+        names = [name for name in names[:-1] if session.folders.get(name, 0.0) < now] + names[-1:]
         sentinel, *found = await asyncio.gather(*(self._lstat(session, name) for name in (SENTINEL, *names)))
         if sentinel is None:
             session.root = None  # a link above it may have been changed
@@ -236,13 +242,16 @@ class SftpStorage:
         for name, folder in zip(names[:-1], found[:-1], strict=True):
             if folder is not None and folder.type == asyncssh.FILEXFER_TYPE_SYMLINK:
                 raise Forbidden(
-                    f"{place(self.name, path)}: {place('', name).partition(' at ')[0]} is a symbolic link",
+                    f"{place(self.name, path)}: its folder {repr(name)[1:-1]} is a symbolic link",
                     hint="Replica follows none: replace it by the folder",
                     endpoint=self.name,
                     path=path,
                 )
             if folder is None or folder.type != asyncssh.FILEXFER_TYPE_DIRECTORY:
                 return None
+            if len(session.folders) >= _FOLDERS_REMEMBERED:
+                session.folders.clear()
+            session.folders[name] = now + _FOLDER_SECONDS
         return found[-1] if found else None
 
     def _refuse_too_long(self, session: Session, path: str) -> None:
@@ -366,6 +375,12 @@ class SftpStorage:
                     yield piece
 
     async def checksum(self, path: str, algorithm: str) -> str | None:
+        check_readable(path)
+        with suppress(Unreachable):  # one request where all is well; `stat` knows what is wrong where it is not
+            async with self._connections.session() as session:
+                found = await self._lstat(session, path) if session.root is not None else None
+                if found is not None and found.type == asyncssh.FILEXFER_TYPE_REGULAR:
+                    return None
         await self.stat(path)
         return None  # OpenSSH computes none; reading back is the proof
 

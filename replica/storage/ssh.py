@@ -31,6 +31,7 @@ from weakref import WeakKeyDictionary
 import asyncssh
 
 from replica.storage.credentials import Settings, secret
+from replica.storage.gathering import Gathering
 from replica.storage.sftp_faults import from_ssh, from_unexpected
 from replica.storage.threads import in_thread
 from rules.errors import Forbidden, TimedOut, Unreachable
@@ -72,6 +73,8 @@ class Session:
         self.busy = 0
         #: The real path of the root folder, once known.
         self.root: bytes | None = None
+        #: Until when (loop time) a folder is taken for one, and no link, without being looked at again.
+        self.folders: dict[str, float] = {}
         #: Bytes of one read or write request: what the server allows, or 16 KiB.
         self.block_bytes = min(client.limits.max_read_len, client.limits.max_write_len) or 16384
 
@@ -270,6 +273,7 @@ class Connections:
                 self._host,
                 self._port,
                 client_factory=lambda: _NotingHostKey(host_keys),
+                tunnel=Gathering(),
                 config=None,
                 agent_path=None,
                 client_host_keysign=False,
