@@ -221,3 +221,34 @@ class SupportsLocalPath(Protocol):
         """Where the file lies, for programs that want a name (a reader on the same node). Nothing is opened, and
         nothing holds the path in place: Replica itself never opens a file this way."""
         ...
+
+
+@runtime_checkable
+class SupportsServerCopy(Protocol):
+    """The server copies by itself between two places that it keeps: no byte passes through the worker."""
+
+    async def copy_from(self, source: Storage, path: str, temporary: str, *, expected: Stat) -> bool:
+        """Make `temporary` here a copy of a file of `source`. False: this is not possible for this source; no effect.
+
+        SourceChanged: the source is not as `expected`. TargetExists: the temporary is there. As after a failed write,
+        the temporary may exist after an error: `delete` it. What the server made is not proven by this: read it back.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsDigests(Protocol):
+    """The storage compares what it is sent with a digest that is sent along; `checksum` of a temporary tells it."""
+
+    async def digests(self) -> tuple[str, ...]:
+        """The algorithms, after the server was seen to refuse a wrong digest. No effect but the first look at it."""
+        ...
+
+
+@runtime_checkable
+class SupportsPresigned(Protocol):
+    """A file can be read by a URL alone."""
+
+    def presigned(self, path: str, seconds: int) -> str:
+        """A URL by which whoever holds it may read the file for so long: a secret, never logged. Invalid: too long."""
+        ...

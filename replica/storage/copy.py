@@ -48,7 +48,7 @@ from functools import partial
 from types import TracebackType
 from typing import Literal
 
-from replica.storage import faultpoints
+from replica.storage import faultpoints, servercopy
 from replica.storage.base import Piece, Storage, part_path
 from replica.storage.faults import blaming, from_os_error, place, translated
 from replica.storage.hashing import Hasher, extra_for
@@ -174,14 +174,18 @@ async def copy_file(
         return adopted
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
     try:
-        hasher = Hasher(algorithms)
+        algorithms = (*algorithms, *await servercopy.digests_of(target))
         with blaming("source"):
             before = await source.stat(source_path)
             _expect_size(source, source_path, before.size_bytes, expected)
             control.check()
-        with blaming("target"):
-            async with _closing(_hashed(source, source_path, before.size_bytes, hasher, control)) as pieces:
-                await target.write(part, pieces, size_bytes=before.size_bytes)
+        known = expected.checksums if expected is not None else Checksums()
+        by_server = await servercopy.copied(source, source_path, before, target, part, known, algorithms, control.check)
+        hasher = by_server or Hasher(algorithms)
+        if not by_server:
+            with blaming("target"):
+                async with _closing(_hashed(source, source_path, before.size_bytes, hasher, control)) as pieces:
+                    await target.write(part, pieces, size_bytes=before.size_bytes)
         with blaming("source"):
             after = await source.stat(source_path)
             if after.etag != before.etag or hasher.size_bytes != after.size_bytes:
@@ -190,7 +194,7 @@ async def copy_file(
         faultpoints.reach("after_write")
         with blaming("target"):
             control.phase = "verifying"
-            verified_by = await _prove(target, part, hasher, control)
+            verified_by = "read back" if by_server else await _prove(target, part, hasher, control)
             faultpoints.reach("after_verify")
             for _ in range(_ROUNDS):
                 control.check()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -29,8 +30,17 @@ try:
 except ImportError:  # pragma: no cover - the wheel exists for every platform we name; slow is better than absent
     pass
 
-#: What `Hasher` can compute beyond `ALWAYS`. crc32c is known to the catalogue but has no implementation here.
-EXTRA = ("sha256", "md5")
+_Digest = Callable[[], Any]
+_DIGESTS: dict[str, _Digest] = {a: partial(hashlib.new, a, usedforsecurity=False) for a in ("sha256", "md5")}
+try:
+    from crc32c import CRC32CHash
+
+    _DIGESTS["crc32c"] = CRC32CHash
+except ImportError:  # pragma: no cover - only the storages that check it (extra `s3`) bring it
+    pass
+
+#: What `Hasher` can compute beyond `ALWAYS`; crc32c where the extra `s3` is installed.
+EXTRA = tuple(_DIGESTS)
 
 
 def extra_for(known: Checksums) -> tuple[str, ...]:
@@ -53,14 +63,14 @@ class Hasher:
         self.size_bytes = 0
         self._xxh3 = xxhash.xxh3_128()
         self._adler = 1
-        more = [a for a in algorithms if a not in ALWAYS]
+        more = [a for a in dict.fromkeys(algorithms) if a not in ALWAYS]
         for algorithm in more:
             if algorithm not in EXTRA:
                 raise Invalid(
                     f"checksums by {algorithm[:40]!r} cannot be computed here",
                     hint=f"use {', '.join((*ALWAYS, *EXTRA))}",
                 )
-        self._more = [(a, hashlib.new(a, usedforsecurity=False)) for a in more]
+        self._more = [(a, _DIGESTS[a]()) for a in more]
 
     def update(self, piece: bytes | bytearray | memoryview) -> None:
         self.size_bytes += len(piece)

@@ -124,5 +124,21 @@ def _memory(given: Given, no: Refusal) -> Storage:
     return MemoryStorage(parts.netloc, name=given.name, url=given.url)
 
 
-_SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {"file": _file, "memory": _memory, "sftp": _sftp}
-_SUPPORTED = "supported are file:///absolute/path, sftp://host/absolute/path and memory://name"
+def _s3(given: Given, no: Refusal) -> Storage:
+    from replica.storage.s3_url import open_s3
+
+    return open_s3(given, no)
+
+
+_SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
+    "file": _file,
+    "memory": _memory,
+    "sftp": _sftp,
+    "s3": _s3,
+    "s3+https": _s3,
+    "s3+http": _s3,
+}
+_SUPPORTED = (
+    "supported are file:///absolute/path, s3://bucket/prefix, s3+https://host/bucket/prefix, "
+    "sftp://host/absolute/path and memory://name"
+)

@@ -1,0 +1,541 @@
+"""Objects of an S3 server: `s3://bucket/prefix`, `s3+https://host/bucket/prefix`.
+
+Given     a bucket that is there, a prefix in it that is this endpoint's alone, and a key that may read, write and delete
+          beneath it (and list the bucket and its unfinished uploads).
+Returns   the storage contract.
+Promises  those of the contract, and in particular:
+
+          publish     is a copy by the server, then a removal of the temporary: S3 has no rename. It never replaces. Three
+                      ways, the best that this server was seen to honour; replica.storage.s3_publish says exactly what
+                      each promises, replica.storage.s3_abilities how it is found out.
+          checksum    of a temporary: the CRC32C that the server compared with the bytes as they came in, where it was
+                      seen to refuse a wrong one. Of a published file nothing: what S3 keeps there is a record of that
+                      day, not of the bytes as they lie now. An ETag is never taken for a checksum.
+          write       one PUT up to 16 MiB, else parts, four at once, each sent again by itself. Nothing is visible
+                      before all is there; the unfinished upload of a failed write is aborted.
+          names       keys of at most 1024 bytes with prefix and room for the quarantine's, without control characters
+                      (S3 advises against them, and servers lose them): others are Invalid before anything is sent.
+          versions    a bucket may keep versions: a delete marker is "nothing there", what is deleted can be had back
+                      by the bucket's owner.
+          clocks      ages are told by the server's clock.
+          quarantine  a copy by the server, looked at, then a removal on the condition that the ETag is still that of
+                      the copied object. Servers that ignore this condition leave a window of one request.
+Partner   replica.storage.s3_wire (requests), s3_multipart (parts), s3_publish (names), s3_url (URLs).
+
+Settings in the credentials file: access_key_id, secret_access_key or secret_access_key_file, session_token or
+session_token_file, region ("us-east-1"), endpoint (for s3://), addressing ("path"; "virtual" for Amazon), insecure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import unquote_plus
+
+from replica.storage import s3_abilities
+from replica.storage.base import (
+    OWN,
+    PARTS,
+    QUARANTINE,
+    SENTINEL,
+    Entry,
+    Piece,
+    Space,
+    Stat,
+    Storage,
+    check_part,
+    check_path,
+    check_prefix,
+    check_readable,
+)
+from replica.storage.credentials import Settings
+from replica.storage.faults import place
+from replica.storage.s3_abilities import Abilities
+from replica.storage.s3_multipart import COPY_BYTES_MAX, Parts, abort, copy_in_parts, in_base64, upload
+from replica.storage.s3_publish import FLAG_SECONDS_MAX, FLAGS, MARK, Publisher, Written
+from replica.storage.s3_wire import Answer, Server, Wire, quoted, text_of, when
+from rules.errors import (
+    Forbidden,
+    Invalid,
+    Refused,
+
+    SourceChanged,
+    SourceMissing,
+    StorageError,
+    TargetExists,
+    Transient,
+    Unreachable,
+)
+from rules.names import shown
+
+KEY_BYTES_MAX = 1024
+#: What the quarantine puts before a path.
+_ROOM_BYTES = len(f"{QUARANTINE}/{'0' * 16}/")
+PAGE_KEYS = 1000
+#: S3's own limit for signed URLs: a week.
+PRESIGNED_SECONDS_MAX = 7 * 24 * 3600
+_WITH_CHECKSUM = {"x-amz-checksum-mode": "ENABLED"}
+_NEW = {"If-None-Match": "*"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One line of a server's listing."""
+
+    key: str
+    size_bytes: int
+    modified: datetime
+    age_seconds: float  #: by the server's clock, which tells whole seconds: never too little by more than one
+
+
+class S3Storage:
+    def __init__(self, server: Server, prefix: str, settings: Settings, *, name: str = "", url: str = "") -> None:
+        self.name = name
+        self.url = url
+        self.server = server
+        self._base = f"{prefix}/" if prefix else ""
+        self._wire = Wire(server, settings, name=name)
+        self._publisher = Publisher(self._wire, self._base, self._look, self._flags)
+        self._able: Abilities | None = None
+        self._asking = asyncio.Lock()
+        self._reaching: asyncio.Task[None] | None = None
+
+    # ── is it there ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def prepare(self) -> None:
+        await self._refuse_nesting()
+        text = json.dumps({"endpoint": self.name, "id": secrets.token_hex(16)}) + "\n"
+        known = await self._sentinel()
+        if known is None:
+            # The condition matters where two prepare one prefix; servers that ignore it are asked again below.
+            await self._wire.call(
+                "PUT", self._key(SENTINEL), path=SENTINEL, headers=_NEW, body=text.encode(), returned=(409, 412)
+            )
+            known = await self._sentinel() or ""
+        owner = _owner(known)
+        if owner and self.name and owner != self.name:
+            raise Refused(
+                f"{self.url} belongs to the endpoint {owner}",
+                hint=f"choose another prefix, or remove {SENTINEL} there if {owner} is gone for good",
+            )
+        await self._abilities()
+
+    async def _refuse_nesting(self) -> None:
+        # Two endpoints in one prefix would count one copy twice, and each would take the other's files for strays.
+        above = self._base.split("/")[:-1]
+        for depth in range(len(above)):
+            key = "/".join([*above[:depth], SENTINEL])
+            if await self._look(key) is not None:
+                raise Refused(
+                    f"{self.url} lies within another endpoint of this bucket, at {'/'.join(above[:depth]) or '/'}",
+                    hint="choose a prefix outside of it; endpoints cannot be nested",
+                )
+
+    async def _sentinel(self) -> str | None:
+        try:
+            answer = await self._wire.call("GET", self._key(SENTINEL), path=SENTINEL)
+        except SourceMissing:
+            return None
+        return answer.body.decode(errors="replace")
+
+    async def _reach(self) -> None:
+        """The endpoint is there, or Unreachable: an emptied or a wrong bucket looks like one without our file."""
+        task = self._reaching
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+            task = self._reaching = asyncio.create_task(self._ask_sentinel())
+        await asyncio.shield(task)
+
+    async def _ask_sentinel(self) -> None:
+        if await self._sentinel() is None:
+            raise Unreachable(
+                f"endpoint {self.name or self.url}: {SENTINEL} is not in the bucket",
+                hint="check that the URL names the right bucket and prefix; a new endpoint is prepared when it is added",
+                endpoint=self.name,
+            )
+
+    async def _missing(self, path: str) -> SourceMissing:
+        await self._reach()
+        return SourceMissing(f"{place(self.name, path)}: no such file", endpoint=self.name, path=path)
+
+    async def _abilities(self) -> Abilities:
+        if self._able is None:
+            async with self._asking:
+                if self._able is None:
+                    await self._reach()
+                    self._able = await s3_abilities.ask(self._wire, self._base)
+        return self._able
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def stat(self, path: str) -> Stat:
+        return self._stat_of(await self._head(path), path)
+
+    async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
+        check_prefix(prefix)
+        await self._reach()
+        async for found in self._keys(f"{prefix}/" if prefix else ""):
+            path = found.key[len(self._base) :]
+            if path.startswith(f"{OWN}/"):
+                continue
+            problem = self._problem(path)
+            shown_path = path if not problem else path.encode("utf-8", "backslashreplace").decode()
+            yield Entry(shown_path, found.size_bytes, _nanoseconds(found.modified), problem)
+
+    async def read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[Piece]:
+        key = self._readable(path)
+        if length is not None and length <= 0:
+            await self.stat(path)
+            return
+        ranged = offset > 0 or length is not None
+        last = "" if length is None else str(offset + length - 1)
+        headers = {"Range": f"bytes={offset}-{last}"} if ranged else {}
+        try:
+            async with self._wire.stream(key, path=path, headers=headers, returned=(416,)) as (answer, pieces):
+                if answer.status == 416:  # begins beyond the end
+                    return
+                async for piece in self._cut(answer, pieces, path, offset, length):
+                    yield piece
+        except SourceMissing:
+            raise await self._missing(path) from None
+
+    async def _cut(
+        self, answer: Answer, pieces: AsyncIterator[bytes], path: str, offset: int, length: int | None
+    ) -> AsyncIterator[Piece]:
+        """What was asked for, of what was sent: a server may ignore the range, or say 200 and send it all the same."""
+        begin, end, whole = _range(answer)
+        if begin > offset:
+            raise self._odd(path, "the server sent another range than it was asked for")
+        got = begin
+        wanted = None if length is None else offset + length
+        async for piece in pieces:
+            at, got = got, got + len(piece)
+            view = memoryview(piece)[max(0, offset - at) :]
+            if wanted is not None and got > wanted:
+                view = view[: max(0, len(view) - (got - wanted))]
+            if len(view):
+                yield view
+            if wanted is not None and got >= wanted:
+                return
+        if end is not None and got != end:
+            raise self._odd(path, f"the server sent {got - begin} bytes of {end - begin}")
+        if wanted is not None and whole is not None and got < min(wanted, whole):
+            raise self._odd(path, "the server sent less than it was asked for")
+
+    async def checksum(self, path: str, algorithm: str) -> str | None:
+        answer = await self._head(path)
+        if not path.startswith(PARTS + "/") or algorithm not in await self.digests():
+            return None
+        known = Written.of("", answer).crc32c
+        try:
+            return base64.b64decode(known, validate=True).hex() or None
+        except binascii.Error:
+            return None
+
+    async def digests(self) -> tuple[str, ...]:
+        """By which algorithms this server was seen to check what it is sent."""
+        return ("crc32c",) if (await self._abilities()).whole_checksums else ()
+
+    async def space(self) -> Space | None:
+        await self._reach()
+        return None
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def write(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int | None = None) -> None:
+        key = self._key(check_part(temporary))
+        able = await self._abilities()
+        if not (able.put_new and able.complete_new) and await self._look(key) is not None:
+            raise self._exists(temporary)
+        headers = {MARK: secrets.token_hex(16)}
+        parts = Parts(chunks, size_bytes, checked=able.checksums)
+        first = await parts.next()
+        if parts.full:
+            finish = await upload(
+                self._wire, key, temporary, parts, first, headers=headers, whole_checksum=able.whole_checksums
+            )
+            status = await finish(_NEW if able.complete_new else {})
+        else:
+            if able.checksums:
+                headers["x-amz-checksum-crc32c"] = in_base64(parts.crc_of_all)
+                headers["x-amz-sdk-checksum-algorithm"] = "CRC32C"
+            answer = await self._wire.call(
+                "PUT",
+                key,
+                path=temporary,
+                headers={**headers, **(_NEW if able.put_new else {})},
+                body=first,
+                returned=(409, 412),
+            )
+            status = answer.status
+        if status in (409, 412):
+            there = await self._look(key)
+            # Ours: the connection broke after the PUT, and the request was sent again.
+            if there is None or there.mark != headers[MARK]:
+                raise self._exists(temporary)
+
+    async def publish(self, temporary: str, final: str) -> None:
+        key = self._key(check_part(temporary))
+        target = self._published(final)
+        able = await self._abilities()
+        written = await self._look(key)
+        if written is None:
+            raise await self._missing(temporary)
+        await self._publisher.publish(written, target, final, able)
+        with suppress(StorageError):  # the name is given; what stays is collected by age
+            await self._wire.call("DELETE", key, path=temporary)
+
+    async def copy_from(self, source: Storage, path: str, temporary: str, *, expected: Stat) -> bool:
+        """SupportsServerCopy, for two buckets or prefixes of one server that one key opens."""
+        if not isinstance(source, S3Storage) or not self._same_server(source):
+            return False
+        key = self._key(check_part(temporary))
+        await self._abilities()
+        if await self._look(key) is not None:
+            raise self._exists(temporary)
+        answer = await source._head(path)
+        if source._stat_of(answer, path) != expected:
+            raise _changed(source.name, path)
+        place = f"{source.server.bucket}/{source._readable(path)}"
+        etag, headers = answer.headers.get("ETag", ""), {MARK: secrets.token_hex(16)}
+        if expected.size_bytes > COPY_BYTES_MAX:
+            await copy_in_parts(
+                self._wire,
+                place,
+                key,
+                temporary,
+                size_bytes=expected.size_bytes,
+                etag=etag,
+                headers=headers,
+                condition={},
+            )
+            return True
+        headers |= {"x-amz-copy-source": quoted(place), "x-amz-copy-source-if-match": etag}
+        headers["x-amz-metadata-directive"] = "REPLACE"
+        copied = await self._wire.call(
+            "PUT", key, path=temporary, headers=headers, returned=(412,), quiet_seconds=600
+        )
+        if copied.status == 412:
+            raise _changed(source.name, path)
+        return True
+
+    def _same_server(self, source: S3Storage) -> bool:
+        return (
+            (self.server.scheme, self.server.host, self.server.region)
+            == (source.server.scheme, source.server.host, source.server.region)
+            and self._wire.access_key() is not None
+            and self._wire.access_key() == source._wire.access_key()
+        )
+
+    def presigned(self, path: str, seconds: int) -> str:
+        """A URL by which whoever holds it may read this file, without a key, for so long. Never log it. No effect."""
+        if not 1 <= seconds <= PRESIGNED_SECONDS_MAX:
+            raise Invalid(f"a signed URL cannot be valid for {seconds} seconds", hint="from 1 second to 7 days")
+        return self._wire.presigned(self._readable(path), seconds)
+
+    # ── removing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def delete(self, path: str) -> None:
+        key = self._readable(path)
+        try:
+            await self._wire.call("DELETE", key, path=path)
+        except SourceMissing:
+            await self._reach()
+
+    async def quarantine(self, path: str) -> str:
+        key = self._published(path)
+        found = await self._look(key)
+        if found is None:
+            raise await self._missing(path)
+        away = f"{QUARANTINE}/{secrets.token_hex(8)}/{path}"
+        await self._publisher.copy(found, self._key(away), path)
+        copied, again = await self._look(self._key(away)), await self._look(key)
+        if copied is None or copied.size_bytes != found.size_bytes:
+            raise self._odd(path, "the server's copy in quarantine is not there, or not whole; nothing was removed")
+        if again is None or again != found:
+            raise _changed(self.name, path)
+        removed = await self._wire.call(
+            "DELETE", key, path=path, headers={"If-Match": found.etag}, returned=(404, 409, 412, 501)
+        )
+        if removed.status == 501:  # a server that knows the condition, and has it not
+            await self._wire.call("DELETE", key, path=path)
+        if removed.status in (409, 412):
+            raise _changed(self.name, path)
+        return away
+
+    async def collect_parts(self, older_than_seconds: float) -> int:
+        await self._reach()
+        removed = 0
+        for folder, limit in ((PARTS, older_than_seconds), (FLAGS, max(older_than_seconds, FLAG_SECONDS_MAX))):
+            async for found in self._keys(f"{folder}/"):
+                if found.age_seconds >= limit:
+                    await self._wire.call("DELETE", found.key, path=folder, returned=(404,))
+                    removed += 1
+        return removed + await self._abort_uploads(older_than_seconds)
+
+    async def _abort_uploads(self, older_than_seconds: float) -> int:
+        """Every unfinished upload beneath the prefix: those of temporaries, and those by which names were given."""
+        removed = 0
+        markers: list[tuple[str, str]] = []
+        while True:
+            query = [("uploads", ""), ("prefix", self._base), ("encoding-type", "url"), *markers]
+            answer = await self._wire.call("GET", None, path=PARTS, query=query, returned=(403, 405, 501))
+            if answer.status != 200:
+                return removed  # not known here, or not permitted: the operator of the storage removes them by age
+            page = answer.document()
+            for line in page.iterfind("{*}Upload"):
+                began, key = when(text_of(line, "Initiated")), unquote_plus(text_of(line, "Key"))
+                if began is None or not key.startswith(self._base):
+                    continue
+                if (answer.date - began).total_seconds() + 1 >= older_than_seconds:
+                    await abort(self._wire, key, PARTS, text_of(line, "UploadId"))
+                    removed += 1
+            following = [
+                (name, unquote_plus(text_of(page, f"Next{tag}")))
+                for name, tag in (("key-marker", "KeyMarker"), ("upload-id-marker", "UploadIdMarker"))
+            ]
+            if text_of(page, "IsTruncated") != "true" or following == markers:
+                return removed
+            markers = following
+
+    async def close(self) -> None:
+        await self._wire.close()
+
+    # ── keys and answers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _key(self, path: str) -> str:
+        return self._base + path
+
+    def _readable(self, path: str) -> str:
+        return self._key(self._fit(check_readable(path)))
+
+    def _published(self, path: str) -> str:
+        return self._key(self._fit(check_path(path)))
+
+    def _fit(self, path: str) -> str:
+        if problem := self._unfit(path):
+            raise Invalid(
+                f"the path {shown(path)} {problem}, and {self.name or self.url} is an S3 storage",
+                hint="keep this file at another kind of endpoint, or give it another name",
+            )
+        return path
+
+    def _unfit(self, path: str) -> str:
+        if any(c < " " or c == "\x7f" for c in path):
+            return "holds a control character"
+        room = KEY_BYTES_MAX - len(self._base.encode()) - _ROOM_BYTES
+        size = len(path.encode())
+        return f"has {size} bytes, more than {room}" if size > room else ""
+
+    def _problem(self, path: str) -> str:
+        """Why a key in the bucket can be no replica."""
+        if path.endswith("/"):
+            return "folder marker"
+        try:
+            check_path(path)
+        except Invalid:
+            return "not a path: an empty segment, '.', '..', or a name kept for Replica"
+        return self._unfit(path)
+
+    async def _head(self, path: str) -> Answer:
+        try:
+            return await self._wire.call("HEAD", self._readable(path), path=path, headers=_WITH_CHECKSUM)
+        except SourceMissing:
+            raise await self._missing(path) from None
+
+    async def _look(self, key: str) -> Written | None:
+        answer = await self._wire.call("HEAD", key, path=key, headers=_WITH_CHECKSUM, returned=(404,))
+        return None if answer.status == 404 else Written.of(f"{self.server.bucket}/{key}", answer)
+
+    def _stat_of(self, answer: Answer, path: str) -> Stat:
+        headers = answer.headers
+        size, modified = headers.get("Content-Length", ""), when(headers.get("Last-Modified", ""))
+        if not size.isdecimal() or modified is None:
+            raise self._odd(path, "the server does not tell its size and time")
+        version = headers.get("x-amz-version-id", "")
+        tag = " ".join((headers.get("ETag", ""), size, headers.get("Last-Modified", ""), version)).rstrip()
+        return Stat(int(size), _nanoseconds(modified), tag)
+
+    async def _flags(self, folder: str) -> list[tuple[str, float]]:
+        return [(f.key, f.age_seconds) async for f in self._keys(folder[len(self._base) :])]
+
+    async def _keys(self, beginning: str) -> AsyncIterator[_Found]:
+        """Every key that begins so, page by page."""
+        after = ""
+        while True:
+            query = [("list-type", "2"), ("prefix", self._key(beginning)), ("encoding-type", "url")]
+            query.append(("max-keys", str(PAGE_KEYS)))
+            if after:
+                query.append(("continuation-token", after))
+            answer = await self._wire.call("GET", None, path=beginning or "/", query=query)
+            page = answer.document()
+            if page.tag.rpartition("}")[2] != "ListBucketResult":
+                raise self._odd(beginning, "the server answered a listing with something else")
+            decoded = unquote_plus if text_of(page, "EncodingType") == "url" else str
+            for line in page.iterfind("{*}Contents"):
+                key, modified = decoded(text_of(line, "Key")), when(text_of(line, "LastModified"))
+                size = text_of(line, "Size")
+                if modified is None or not size.isdecimal() or not key.startswith(self._key(beginning)):
+                    raise self._odd(beginning, "the server's listing has a line that cannot be read")
+                age = (answer.date - modified).total_seconds() + 1
+                yield _Found(key, int(size), modified, age)
+            if text_of(page, "IsTruncated") != "true":
+                return
+            following = text_of(page, "NextContinuationToken")
+            if not following or following == after:
+                raise self._odd(beginning, "the server's listing is cut off and cannot be continued")
+            after = following
+
+    def _exists(self, path: str) -> TargetExists:
+        return TargetExists(
+            f"{place(self.name, path)} exists already", endpoint=self.name, path=path, side="target"
+        )
+
+    def _odd(self, path: str, reason: str) -> Transient:
+        return Transient(f"{place(self.name, path)}: {reason}", endpoint=self.name, path=path)
+
+
+def _range(answer: Answer) -> tuple[int, int | None, int | None]:
+    """Where the body begins and ends in the object, and the object's size, as far as the server says."""
+    told = answer.headers.get("Content-Range", "")
+    length = answer.headers.get("Content-Length", "")
+    if told.startswith("bytes ") and "-" in told:
+        span, _, whole = told.removeprefix("bytes ").partition("/")
+        first, _, last = span.partition("-")
+        if first.isdecimal() and last.isdecimal():
+            return int(first), int(last) + 1, int(whole) if whole.isdecimal() else None
+    size = int(length) if length.isdecimal() else None
+    return 0, size, size
+
+
+def _owner(known: str) -> str:
+    with suppress(ValueError):
+        read = json.loads(known)
+        if isinstance(read, dict):
+            return str(read.get("endpoint", ""))
+    return ""
+
+
+def _changed(name: str, path: str) -> SourceChanged:
+    return SourceChanged(
+        f"{place(name, path)} changed meanwhile",
+        hint="it was left where it is, and is looked at again",
+        endpoint=name,
+        path=path,
+    )
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _nanoseconds(time: datetime) -> int:
+    since = time - _EPOCH
+    return (since.days * 86400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000
+
+
