@@ -39,8 +39,8 @@ try:
 except ImportError:  # pragma: no cover - only the storages that check it (extra `s3`) bring it
     pass
 
-#: What `Hasher` can compute beyond `ALWAYS`; crc32c where the extra `s3` is installed.
-EXTRA = tuple(_DIGESTS)
+#: What proves a file, beyond `ALWAYS`. crc32c is computed only to be compared with what a server says it received.
+EXTRA = ("sha256", "md5")
 
 
 def extra_for(known: Checksums) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class Hasher:
         self._adler = 1
         more = [a for a in dict.fromkeys(algorithms) if a not in ALWAYS]
         for algorithm in more:
-            if algorithm not in EXTRA:
+            if algorithm not in _DIGESTS:
                 raise Invalid(
                     f"checksums by {algorithm[:40]!r} cannot be computed here",
                     hint=f"use {', '.join((*ALWAYS, *EXTRA))}",

@@ -1,13 +1,13 @@
 """Objects of an S3 server: `s3://bucket/prefix`, `s3+https://host/bucket/prefix`.
 
-Given     a bucket that is there, a prefix in it that is this endpoint's alone, and a key that may read, write and delete
-          beneath it (and list the bucket and its unfinished uploads).
+Given     a bucket that is there, a prefix in it that is this endpoint's alone, and a key that may read, write and
+          delete beneath it (and list the bucket and its unfinished uploads).
 Returns   the storage contract.
 Promises  those of the contract, and in particular:
 
-          publish     is a copy by the server, then a removal of the temporary: S3 has no rename. It never replaces. Three
-                      ways, the best that this server was seen to honour; replica.storage.s3_publish says exactly what
-                      each promises, replica.storage.s3_abilities how it is found out.
+          publish     is a copy by the server, then a removal of the temporary: S3 has no rename. It never replaces.
+                      Three ways, the best that this server was seen to honour; replica.storage.s3_publish says
+                      exactly what each promises, replica.storage.s3_abilities how it is found out.
           checksum    of a temporary: the CRC32C that the server compared with the bytes as they came in, where it was
                       seen to refuse a wrong one. Of a published file nothing: what S3 keeps there is a record of that
                       day, not of the bytes as they lie now. An ETag is never taken for a checksum.
@@ -59,13 +59,11 @@ from replica.storage.credentials import Settings
 from replica.storage.faults import place
 from replica.storage.s3_abilities import Abilities
 from replica.storage.s3_multipart import COPY_BYTES_MAX, Parts, abort, copy_in_parts, in_base64, upload
-from replica.storage.s3_publish import FLAG_SECONDS_MAX, FLAGS, MARK, Publisher, Written
+from replica.storage.s3_publish import FLAG_SECONDS_MAX, FLAGS, MARK, Publisher, Raised, Written
 from replica.storage.s3_wire import Answer, Server, Wire, quoted, text_of, when
 from rules.errors import (
-    Forbidden,
     Invalid,
     Refused,
-
     SourceChanged,
     SourceMissing,
     StorageError,
@@ -156,7 +154,7 @@ class S3Storage:
         if await self._sentinel() is None:
             raise Unreachable(
                 f"endpoint {self.name or self.url}: {SENTINEL} is not in the bucket",
-                hint="check that the URL names the right bucket and prefix; a new endpoint is prepared when it is added",
+                hint="check that the URL names the right bucket and prefix; a new endpoint is prepared first",
                 endpoint=self.name,
             )
 
@@ -318,9 +316,7 @@ class S3Storage:
             return True
         headers |= {"x-amz-copy-source": quoted(place), "x-amz-copy-source-if-match": etag}
         headers["x-amz-metadata-directive"] = "REPLACE"
-        copied = await self._wire.call(
-            "PUT", key, path=temporary, headers=headers, returned=(412,), quiet_seconds=600
-        )
+        copied = await self._wire.call("PUT", key, path=temporary, headers=headers, returned=(412,), quiet_seconds=600)
         if copied.status == 412:
             raise _changed(source.name, path)
         return True
@@ -462,7 +458,7 @@ class S3Storage:
         tag = " ".join((headers.get("ETag", ""), size, headers.get("Last-Modified", ""), version)).rstrip()
         return Stat(int(size), _nanoseconds(modified), tag)
 
-    async def _flags(self, folder: str) -> list[tuple[str, float]]:
+    async def _flags(self, folder: str) -> Raised:
         return [(f.key, f.age_seconds) async for f in self._keys(folder[len(self._base) :])]
 
     async def _keys(self, beginning: str) -> AsyncIterator[_Found]:
@@ -493,9 +489,7 @@ class S3Storage:
             after = following
 
     def _exists(self, path: str) -> TargetExists:
-        return TargetExists(
-            f"{place(self.name, path)} exists already", endpoint=self.name, path=path, side="target"
-        )
+        return TargetExists(f"{place(self.name, path)} exists already", endpoint=self.name, path=path, side="target")
 
     def _odd(self, path: str, reason: str) -> Transient:
         return Transient(f"{place(self.name, path)}: {reason}", endpoint=self.name, path=path)
@@ -537,5 +531,3 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def _nanoseconds(time: datetime) -> int:
     since = time - _EPOCH
     return (since.days * 86400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000
-
-

@@ -47,9 +47,7 @@ async def ask(wire: Wire, base: str) -> Abilities:
 
 async def _put_new(wire: Wire, probe: str) -> bool:
     for _ in range(2):  # the first may make it, the second must be refused
-        answer = await wire.call(
-            "PUT", probe, path=PROBE, headers=_NEW, body=_BODY, returned=(400, 409, 412, 501)
-        )
+        answer = await wire.call("PUT", probe, path=PROBE, headers=_NEW, body=_BODY, returned=(400, 409, 412, 501))
     if answer.status == 412:
         return True
     await wire.call("PUT", probe, path=PROBE, body=_BODY)  # it must be there for the other questions

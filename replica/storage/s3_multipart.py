@@ -71,7 +71,7 @@ class Parts:
 
     full = False
 
-    def crc(self, part: Piece) -> str:
+    def crc(self, part: bytearray) -> str:
         return "" if self._crc is None else in_base64(self._crc(part, 0))
 
 
@@ -110,8 +110,8 @@ async def upload(
             running.add(asyncio.create_task(send(number, part)))
             number += 1
             part = await parts.next() if parts.full else bytearray()
-        for task in asyncio.as_completed(running):
-            await task
+        for sending in asyncio.as_completed(running):
+            await sending
     except BaseException:
         await _end(running)
         with suppress(ReplicaError):  # what stays is collected by age
@@ -210,7 +210,7 @@ def in_base64(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(4)).decode()
 
 
-def _crc32c() -> Callable[[Piece, int], int]:
+def _crc32c() -> Callable[[bytearray, int], int]:
     from crc32c import crc32c
 
     return crc32c

@@ -5,8 +5,8 @@ Returns   nothing: the copy is there, and was looked at.
 Promises  by the first of three ways that the server honours:
 
     copy      one CopyObject with If-None-Match: *. Atomic against everybody.
-    complete  a multipart upload whose parts are copied by the server, completed with If-None-Match: *. The same promise;
-              three requests. Also the way of objects above 5 GiB.
+    complete  a multipart upload whose parts are copied by the server, completed with If-None-Match: *. The same
+              promise; three requests. Also the way of objects above 5 GiB.
     flags     for servers with neither. Whoever wants to publish raises a flag (an object of its own beneath
               `.replica/publishing/`), then lists the flags, and goes on only where it sees no other; so of all
               publishers of Replica, on whatever machine, exactly one looks at the final name, copies, and looks again
@@ -39,7 +39,16 @@ from replica.storage.faults import place
 from replica.storage.s3_abilities import Abilities
 from replica.storage.s3_multipart import COPY_BYTES_MAX, copy_in_parts
 from replica.storage.s3_wire import Answer, Wire, quoted
-from rules.errors import Busy, ChecksumDiffers, Permanent, ReplicaError, SourceChanged, TargetExists, TimedOut, Transient
+from rules.errors import (
+    Busy,
+    ChecksumDiffers,
+    Permanent,
+    ReplicaError,
+    SourceChanged,
+    TargetExists,
+    TimedOut,
+    Transient,
+)
 
 FLAGS = f"{OWN}/publishing"
 #: Metadata of every object that we write: which temporary it was.
@@ -72,7 +81,8 @@ class Written:
 
 
 Look = Callable[[str], Awaitable[Written | None]]
-Flags = Callable[[str], Awaitable[list[tuple[str, float]]]]
+Raised = list[tuple[str, float]]
+Flags = Callable[[str], Awaitable[Raised]]
 
 
 class Publisher:
@@ -172,9 +182,7 @@ class Publisher:
         headers = {MARK: written.mark, **condition} if written.mark else condition
         return (await self._wire.call("PUT", key, path=path, headers=headers, returned=(409, 412))).status
 
-    async def _settle(
-        self, written: Written, final: str, path: str, copied: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def _settle(self, written: Written, final: str, path: str, copied: Callable[[], Awaitable[None]]) -> None:
         """Copy, then look: what is there must be what was written."""
         lost: Transient | None = None
         try:

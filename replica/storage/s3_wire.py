@@ -112,7 +112,7 @@ _STATUSES: dict[int, tuple[type[StorageError], str]] = {
     301: (Permanent, _REGION),
     307: (Transient, _REGION),
     401: (Forbidden, _KEY),
-    403: (Forbidden, _RIGHT),
+    403: (Forbidden, f"{_RIGHT}, or {_KEY}: without a body the server does not say which"),
     404: (SourceMissing, ""),
     408: (TimedOut, ""),
     429: (Busy, ""),
@@ -172,7 +172,7 @@ class Wire:
         path: str,
         query: Sequence[tuple[str, str]] = (),
         headers: Mapping[str, str] | None = None,
-        body: Piece = b"",
+        body: Piece | bytearray = b"",
         returned: Sequence[int] = (),
         quiet_seconds: float = _QUIET_SECONDS,
     ) -> Answer:
@@ -225,7 +225,7 @@ class Wire:
         path: str,
         query: Sequence[tuple[str, str]],
         headers: Mapping[str, str],
-        body: Piece,
+        body: Piece | bytearray,
         quiet_seconds: float,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         import aiohttp
@@ -248,7 +248,9 @@ class Wire:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._broken(error, path) from None
 
-    async def _signed(self, method: str, url: str, headers: Mapping[str, str], body: Piece) -> dict[str, str]:
+    async def _signed(
+        self, method: str, url: str, headers: Mapping[str, str], body: Piece | bytearray
+    ) -> dict[str, str]:
         from botocore.awsrequest import AWSRequest
 
         request = AWSRequest(method, url, headers={**headers, "Accept-Encoding": "identity"})
@@ -328,18 +330,17 @@ class Wire:
         """A connection that could not be made, or broke off."""
         import aiohttp
 
-        where = place(self.name, path)
-        there = {"endpoint": self.name, "path": path}
+        kind: type[StorageError] = Transient
+        reason, hint = f"the connection broke off ({type(error).__name__})", ""
         if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
-            return Unreachable(f"{where}: TLS failed ({error.strerror or 'bad certificate'})", hint=_GONE, **there)
-        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            return Unreachable(f"{where}: no connection to {self.server.netloc}", hint=_GONE, **there)
-        if isinstance(error, TimeoutError):
-            return TimedOut(f"{where}: the server was silent for too long", hint=_GONE, **there)
-        if isinstance(error, aiohttp.ClientError):
-            return Transient(f"{where}: the connection broke off ({type(error).__name__})", **there)
-        assert isinstance(error, OSError)
-        return from_os_error(error, endpoint=self.name, path=path, side="target")
+            kind, reason, hint = Unreachable, "TLS failed: its certificate was not accepted", _GONE
+        elif isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            kind, reason, hint = Unreachable, f"no connection to {self.server.netloc}", _GONE
+        elif isinstance(error, TimeoutError):
+            kind, reason, hint = TimedOut, "the server was silent for too long", _GONE
+        elif isinstance(error, OSError) and not isinstance(error, aiohttp.ClientError):
+            return from_os_error(error, endpoint=self.name, path=path, side="target")
+        return kind(f"{place(self.name, path)}: {reason}", hint=hint, endpoint=self.name, path=path)
 
 
 _GONE = "check that the server runs, and that this machine may reach it"
@@ -388,7 +389,7 @@ def _code(content: bytes) -> str:
     return text_of(root, "Code") if root.tag.rpartition("}")[2] == "Error" else ""
 
 
-async def _pieces(body: Piece) -> AsyncIterator[memoryview]:
+async def _pieces(body: Piece | bytearray) -> AsyncIterator[memoryview]:
     view = memoryview(body)
     for begin in range(0, len(view), _PIECE_BYTES):
         yield view[begin : begin + _PIECE_BYTES]

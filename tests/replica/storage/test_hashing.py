@@ -47,8 +47,15 @@ def test_without_the_fast_library_the_values_are_the_same(monkeypatch):
 
 
 def test_what_cannot_be_computed_is_refused():
-    with pytest.raises(Invalid, match="crc32c"):
-        Hasher(["crc32c"])
+    with pytest.raises(Invalid, match="sha512"):
+        Hasher(["sha512"])
+
+
+def test_crc32c_is_computed_as_others_do():
+    assert Hasher(["crc32c"]).checksums().get("crc32c") == "00000000"
+    hasher = Hasher(["crc32c"])
+    hasher.update(b"123456789")
+    assert hasher.checksums().get("crc32c") == "e3069283"
 
 
 def test_a_further_algorithm_is_computed_only_where_it_proves_more():
