@@ -33,10 +33,11 @@ import base64
 import binascii
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Generic, TypeVar
 from urllib.parse import unquote_plus
 
 from replica.storage import s3_abilities
@@ -73,6 +74,8 @@ from rules.errors import (
 )
 from rules.names import shown
 
+T = TypeVar("T")
+
 KEY_BYTES_MAX = 1024
 #: What the quarantine puts before a path.
 _ROOM_BYTES = len(f"{QUARANTINE}/{'0' * 16}/")
@@ -93,6 +96,20 @@ class _Found:
     age_seconds: float  #: by the server's clock, which tells whole seconds: never too little by more than one
 
 
+class _Shared(Generic[T]):
+    """A question that many may ask at once: whoever comes while it is under way gets the same answer."""
+
+    def __init__(self, ask: Callable[[], Coroutine[None, None, T]]) -> None:
+        self._ask = ask
+        self._task: asyncio.Task[T] | None = None
+
+    async def __call__(self) -> T:
+        task = self._task
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+            task = self._task = asyncio.create_task(self._ask())
+        return await asyncio.shield(task)
+
+
 class S3Storage:
     def __init__(self, server: Server, prefix: str, settings: Settings, *, name: str = "", url: str = "") -> None:
         self.name = name
@@ -102,8 +119,8 @@ class S3Storage:
         self._wire = Wire(server, settings, name=name)
         self._publisher = Publisher(self._wire, self._base, self._look, self._flags)
         self._able: Abilities | None = None
-        self._asking = asyncio.Lock()
-        self._reaching: asyncio.Task[None] | None = None
+        self._asking = _Shared(self._ask_abilities)
+        self._reaching = _Shared(self._ask_sentinel)
 
     # ── is it there ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,10 +162,7 @@ class S3Storage:
 
     async def _reach(self) -> None:
         """The endpoint is there, or Unreachable: an emptied or a wrong bucket looks like one without our file."""
-        task = self._reaching
-        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
-            task = self._reaching = asyncio.create_task(self._ask_sentinel())
-        await asyncio.shield(task)
+        await self._reaching()
 
     async def _ask_sentinel(self) -> None:
         if await self._sentinel() is None:
@@ -164,11 +178,12 @@ class S3Storage:
 
     async def _abilities(self) -> Abilities:
         if self._able is None:
-            async with self._asking:
-                if self._able is None:
-                    await self._reach()
-                    self._able = await s3_abilities.ask(self._wire, self._base)
+            self._able = await self._asking()
         return self._able
+
+    async def _ask_abilities(self) -> Abilities:
+        await self._reach()
+        return await s3_abilities.ask(self._wire, self._base)
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

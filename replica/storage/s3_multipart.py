@@ -85,6 +85,7 @@ async def upload(
     name = await begin(wire, key, path, headers)
     sent: dict[int, tuple[str, str]] = {}
     running: set[asyncio.Task[None]] = set()
+    begun: list[asyncio.Task[None]] = []
 
     async def send(number: int, part: bytearray) -> None:
         crc = parts.crc(part) if whole_checksum else ""
@@ -107,13 +108,14 @@ async def upload(
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
-            running.add(asyncio.create_task(send(number, part)))
+            begun.append(asyncio.create_task(send(number, part)))
+            running.add(begun[-1])
             number += 1
             part = await parts.next() if parts.full else bytearray()
         for sending in asyncio.as_completed(running):
             await sending
     except BaseException:
-        await _end(running)
+        await _end(begun)
         with suppress(ReplicaError):  # what stays is collected by age
             await abort(wire, key, path, name)
         raise
@@ -200,7 +202,7 @@ async def again(once: Callable[[], Awaitable[str]]) -> str:
     raise AssertionError
 
 
-async def _end(tasks: set[asyncio.Task[None]]) -> None:
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -240,7 +240,7 @@ class Wire:
                 method,
                 URL(url, encoded=True),  # as it was signed, byte by byte
                 headers=signed,
-                data=_pieces(body) if body else None,
+                data=_Pieces(body) if len(body) > _PIECE_BYTES else body or None,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=quiet_seconds),
             ) as response:
@@ -389,10 +389,16 @@ def _code(content: bytes) -> str:
     return text_of(root, "Code") if root.tag.rpartition("}")[2] == "Error" else ""
 
 
-async def _pieces(body: Piece | bytearray) -> AsyncIterator[memoryview]:
-    view = memoryview(body)
-    for begin in range(0, len(view), _PIECE_BYTES):
-        yield view[begin : begin + _PIECE_BYTES]
+class _Pieces:
+    """A large body, piece by piece; from its beginning each time, for aiohttp sends a request again whose connection
+    had been closed while it was idle."""
+
+    def __init__(self, body: Piece | bytearray) -> None:
+        self._view = memoryview(body)
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for begin in range(0, len(self._view), _PIECE_BYTES):
+            yield self._view[begin : begin + _PIECE_BYTES]
 
 
 def _signer() -> Any:

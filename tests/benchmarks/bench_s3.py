@@ -1,8 +1,8 @@
 """How fast is a verified copy to and from S3 beside `rclone copy`, on the same server?
 
-Question     One large file and many of 64 KiB from a folder to rclone's S3 server on loopback and back: what part of the
-             speed of `rclone copy` (which compares an MD5 or ETag) is left when every byte is hashed, read back from the
-             server, and published by a copy that never replaces?
+Question     One large file and many of 64 KiB from a folder to rclone's S3 server on loopback and back: what part of
+             the speed of `rclone copy` (which compares an MD5 or ETag) is left when every byte is hashed, read back
+             from the server, and published by a copy that never replaces?
 
 Sketch       rclone moves the bytes once. We move them up, read them back, and the server copies them to their final
              name: on loopback, where the server's work is the same kind of work as ours and on the same cores, three
@@ -105,21 +105,15 @@ async def measure(server: RcloneS3, scratch: Path, large: int, files: int, repea
         command = [str(find_rclone()), "copy", "--config", "", "--transfers", str(AT_ONCE), source, target]
         assert await asyncio.to_thread(lambda: subprocess.run(command, env=_environment(server)).returncode) == 0
 
-    async def clean(*folders: Path) -> None:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        await remote.collect_parts(0)
-
-    data = server.directory / "data"
     result: dict[str, object] = {"files": files, "large_bytes": large}
     for which, size in (("large", large), ("small", files)):
         local = str(scratch / "here" / which)
-        runs: dict[str, tuple[Callable[[], Awaitable[None]], list[Path]]] = {
-            "put": (lambda which=which: put(which), []),
-            "rclone_up": (lambda local=local, which=which: rclone(local, f"x:theirs/{which}"), []),
-            "up": (lambda which=which: ours(here, remote, which), []),
-            "rclone_down": (lambda which=which: rclone(f"x:theirs/{which}", str(scratch / "rclone" / which)), []),
-            "down": (lambda which=which: ours(remote, there, which), []),
+        runs: dict[str, Callable[[], Awaitable[None]]] = {
+            "put": lambda which=which: put(which),
+            "rclone_up": lambda local=local, which=which: rclone(local, f"x:theirs/{which}"),
+            "up": lambda which=which: ours(here, remote, which),
+            "rclone_down": lambda which=which: rclone(f"x:theirs/{which}", str(scratch / "rclone" / which)),
+            "down": lambda which=which: ours(remote, there, which),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repeat in range(repeats):
@@ -128,13 +122,13 @@ async def measure(server: RcloneS3, scratch: Path, large: int, files: int, repea
                     await remote.delete(name)
                     await there.delete(name)
                 client_delete(server, which, names[which])
-                await clean(scratch / "rclone")
-            for name, (run, _) in runs.items():
+                shutil.rmtree(scratch / "rclone")
+            for name, run in runs.items():
                 began = time.perf_counter()
                 await run()
                 seconds[name].append(time.perf_counter() - began)
                 if name == "put":
-                    await clean()
+                    await remote.collect_parts(0)
         middle = {name: statistics.median(took) for name, took in seconds.items()}
         result[which] = {
             "seconds": {name: round(took, 3) for name, took in middle.items()},
@@ -145,7 +139,7 @@ async def measure(server: RcloneS3, scratch: Path, large: int, files: int, repea
             "ratio_put": round(middle["rclone_up"] / middle["put"], 2),
             "ratio_down": round(middle["rclone_down"] / middle["down"], 2),
         }
-    result["data_at_server"] = str(data.parent.parent)
+    result["data_at_server"] = str(server.directory.parent)
     await remote.close()
     return result
 
