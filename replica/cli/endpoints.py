@@ -48,7 +48,7 @@ def endpoint() -> None:
 @endpoint.command()
 @click.argument("name")
 @click.option("--site", required=True, help="The site it belongs to.")
-@click.option("--url", required=True, help="Where it is: file:///absolute/path of a folder of its own.")
+@click.option("--url", required=True, help="A folder of its own: file:///absolute/path, sftp://host/path …")
 @click.option("--kind", type=click.Choice(["disk", "tape"]), default="disk", show_default=True)
 @click.option(
     "--layout",
