@@ -19,10 +19,10 @@ What the protocol allows, and what is made of it:
                       take back a publish, never leave a part of a file.
     symbolic links    none is followed: each segment is looked at before a path is used (a folder again after a second,
                       the file and the sentinel each time). Version 3 of the protocol knows only names, no descriptors
-                      of folders, so somebody with an account at the server who may write
-                      in the root can put a link there between look and use. Who must not be trusted so far needs
-                      a server that keeps this user in the root (ChrootDirectory). Links above the root are the
-                      administrator's: they are resolved once a session.
+                      of folders, so somebody with an account at the server who may write in the root can put a link
+                      there between look and use. Who must not be trusted so far needs a server that keeps this user
+                      in the root (ChrootDirectory). Links above the root are the administrator's: they are resolved
+                      once a session.
     changes           version 3 tells times in seconds and no inode. A file rewritten within the second, at the same
                       size, has the same etag; its checksum alone shows it.
     digests           OpenSSH computes none: what was written is read back. Through the server's cache, that is: it has
