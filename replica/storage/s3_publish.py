@@ -57,6 +57,7 @@ FLAG_SECONDS_MAX = 3600.0
 #: From raising the flag to the request that copies; and how long the server may be silent while it copies.
 _RAISED_SECONDS_MAX = 60.0
 _COPY_QUIET_SECONDS = 600.0
+_COPY_SECONDS_MAX = FLAG_SECONDS_MAX / 2
 _WAIT_SECONDS_MAX = 30.0
 _NEW = {"If-None-Match": "*"}
 
@@ -112,7 +113,7 @@ class Publisher:
                     raise self._exists(path)
                 still_raised()
                 try:
-                    async with asyncio.timeout(FLAG_SECONDS_MAX / 2):
+                    async with asyncio.timeout(_COPY_SECONDS_MAX):
                         await self._settle(written, final, path, lambda: self.copy(written, final, path))
                 except TimeoutError:
                     raise TimedOut(
