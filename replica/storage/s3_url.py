@@ -2,7 +2,8 @@
 
 Given     the URL, split, and the settings of the credentials file.
 Returns   an S3Storage.
-Promises  one reading of each URL; plain http goes to this machine only, unless the settings say insecure = "yes".
+Promises  one reading of each URL; plain http goes to this machine only, unless the settings say insecure = "yes": else
+          every verb is Forbidden (opening is not: the catalogue opens without settings, to check a URL).
 Partner   replica.storage.registry.
 
     s3://bucket/prefix                    Amazon, or the server that the setting `endpoint` names
@@ -59,11 +60,6 @@ def open_s3(given: Given, no: Callable[..., Invalid]) -> S3Storage:
     if at.scheme not in ("http", "https") or not host or "@" in at.netloc or at.path not in ("", "/") or at.query:
         raise no("belongs to a server that is not http(s)://host:port", "correct `endpoint` in the credentials file")
     loopback = _is_loopback(host)
-    if at.scheme == "http" and not loopback and settings.get("insecure") != "yes":
-        raise no(
-            "would send files over plain http",
-            'use https, or write insecure = "yes" for it in the credentials file',
-        )
     named = parts.scheme == "s3" and "endpoint" not in settings
     addressing = settings.get("addressing") or ("virtual" if named and "." not in bucket else "path")
     if addressing not in ("path", "virtual"):

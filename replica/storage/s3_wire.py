@@ -272,6 +272,12 @@ class Wire:
         from botocore.credentials import Credentials
 
         known = self._settings
+        if self.server.scheme == "http" and not self.server.loopback and known.get("insecure") != "yes":
+            raise Forbidden(
+                f"endpoint {self.name or self.server.bucket}: files would go over plain http to {self.server.host}",
+                hint='use https, or write insecure = "yes" for it into the worker\'s credentials file',
+                endpoint=self.name,
+            )
         access_key, secret_key = known.get("access_key_id"), secret(known, "secret_access_key")
         if not access_key or not secret_key:
             raise Forbidden(
