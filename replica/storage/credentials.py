@@ -30,7 +30,7 @@ Settings = Mapping[str, str]
 
 #: Other names of a scheme. The file may say one and the endpoint's URL the other.
 _SAME = {"davs": "https", "dav": "http"}
-_PORTS = {"https": 443, "http": 80, "s3+https": 443, "s3+http": 80, "sftp": 22, "root": 1094}
+_PORTS = {"https": 443, "http": 80, "s3+https": 443, "s3+http": 80, "sftp": 22, "root": 1094, "roots": 1094}
 _FILE = "_file"
 _SIZE_MAX = 64 * 1024
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from replica.storage.base import Storage
-from replica.storage.credentials import Credentials, Settings
+from replica.storage.credentials import Credentials, Settings, secret
 from rules.errors import Invalid
 from rules.names import shown
 
@@ -69,8 +70,7 @@ class Given:
 def _file(given: Given, no: Refusal) -> Storage:
     from replica.storage.posix import PosixStorage
 
-    parts = given.parts
-    if parts.netloc:
+    if given.parts.netloc:
         raise no("names a host", "a file URL has three slashes: file:///data/x")
     path = _folder(parts.path, no, "file:///data/x")
     return PosixStorage(path, name=given.name, url=given.url)
@@ -98,7 +98,15 @@ def _sftp(given: Given, no: Refusal) -> Storage:
 
 
 def _folder(escaped: str, no: Refusal, example: str) -> str:
-    """The absolute path of a folder, written plainly."""
+    """The absolute path of a folder, written plainly; never the root of the machine."""
+    path = _plain(escaped, no, example)
+    if not path:
+        raise no("is the root of the machine", f"give the endpoint a folder of its own: {example}")
+    return path
+
+
+def _plain(escaped: str, no: Refusal, example: str) -> str:
+    """The path of a URL, decoded, without a slash at its end; empty for the root."""
     if _BAD_PERCENT.search(escaped):
         raise no("has a '%' that is not followed by two hexadecimal digits", "write '%' as %25")
     try:
@@ -107,10 +115,7 @@ def _folder(escaped: str, no: Refusal, example: str) -> str:
         raise no("is not UTF-8") from None
     if "\0" in path:
         raise no("holds a NUL character")
-    segments = path.split("/")[1:]
-    if not segments:
-        raise no("is the root of the machine", f"give the endpoint a folder of its own: {example}")
-    if any(segment in ("", ".", "..") for segment in segments):
+    if any(segment in ("", ".", "..") for segment in path.split("/")[1:]):
         raise no("has an empty segment, '.' or '..'", f"write the path plainly: {example}")
     return path
 
@@ -130,15 +135,45 @@ def _s3(given: Given, no: Refusal) -> Storage:
     return open_s3(given, no)
 
 
+def _xrootd(given: Given, no: Refusal) -> Storage:
+    from replica.storage.xrootd import XRootDStorage
+    from replica.storage.xrootd_calls import Server
+
+    parts = given.parts
+    example = f"{parts.scheme}://host//data/x"
+    try:
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        raise no("has no port between 1 and 65535", f"write {example}") from None
+    if not parts.hostname:
+        raise no("names no host", f"write {example}")
+    if not parts.path.startswith("//"):
+        raise no("has no two slashes after the host", f"an absolute path of XRootD has two: {example}")
+    root = _plain(parts.path[1:], no, example)
+    if "?" in root or "\n" in root or "\r" in root:
+        raise no("has a '?' or a line break in its path, which XRootD cannot keep")
+    secure = parts.scheme == "roots"
+    if not secure and ("token" in given.settings or "token_file" in given.settings):
+        raise no(
+            "would carry a token in the clear", f"write roots://, which is TLS, or remove the token of {given.name}"
+        )
+    token = partial(secret, given.settings, "token")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    server = Server(f"{host}{port}", secure=secure, name=given.name, token=token)
+    return XRootDStorage(server, root, name=given.name, url=given.url)
+
+
 _SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
     "file": _file,
     "memory": _memory,
-    "sftp": _sftp,
     "s3": _s3,
     "s3+https": _s3,
     "s3+http": _s3,
+    "sftp": _sftp,
+    "root": _xrootd,
+    "roots": _xrootd,
 }
 _SUPPORTED = (
     "supported are file:///absolute/path, s3://bucket/prefix, s3+https://host/bucket/prefix, "
-    "sftp://host/absolute/path and memory://name"
+    "sftp://host/absolute/path, root://host//path and memory://name"
 )
