@@ -40,7 +40,7 @@ def open_storage(url: str, *, name: str = "", credentials: Credentials | None = 
     scheme, separator, _ = url.partition("://")
     if not separator:
         raise no("has no scheme")
-    opener = _SCHEMES.get(scheme)
+    opener = _fsspec if scheme.startswith(_FSSPEC) else _SCHEMES.get(scheme)
     if opener is None:
         raise no(f"has the scheme {shown(scheme)}, which is not supported")
     try:
@@ -72,7 +72,7 @@ def _file(given: Given, no: Refusal) -> Storage:
 
     if given.parts.netloc:
         raise no("names a host", "a file URL has three slashes: file:///data/x")
-    path = _folder(parts.path, no, "file:///data/x")
+    path = _folder(given.parts.path, no, "file:///data/x")
     return PosixStorage(path, name=given.name, url=given.url)
 
 
@@ -163,6 +163,35 @@ def _xrootd(given: Given, no: Refusal) -> Storage:
     return XRootDStorage(server, root, name=given.name, url=given.url)
 
 
+_FSSPEC = "fsspec+"
+#: Replica's own adapters keep promises that fsspec's file systems cannot.
+_OWN_SCHEMES = {"file": "file", "local": "file", "memory": "memory", "root": "root"}
+#: They reach other places than their URL says, or nest one file system in another.
+_WRAPPERS = frozenset(
+    (
+        *("asynclocal", "async_wrapper", "asyncwrapper", "blockcache", "cached", "dask", "data", "dir"),
+        *("filecache", "generic", "libarchive", "reference", "simplecache", "tar", "zip"),
+    )
+)
+
+
+def _fsspec(given: Given, no: Refusal) -> Storage:
+    from fsspec.registry import available_protocols
+
+    from replica.storage.fsspec_plain import FsspecStorage
+
+    protocol = given.parts.scheme.removeprefix(_FSSPEC)
+    if protocol in _OWN_SCHEMES:
+        raise no("asks fsspec for what Replica does better by itself", f"write {_OWN_SCHEMES[protocol]}://")
+    if protocol in _WRAPPERS or protocol not in available_protocols():
+        raise no(f"names {shown(protocol)}, which is no protocol of fsspec's that reaches a storage by itself")
+    path = _plain(given.parts.path, no, f"{given.parts.scheme}://host/folder")
+    if not given.parts.netloc and not path:
+        raise no("names no folder", "give the endpoint a folder of its own")
+    plain = f"{protocol}://{given.parts.netloc}{path}"
+    return FsspecStorage.of(protocol, plain, given.settings, name=given.name, full_url=given.url)
+
+
 _SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
     "file": _file,
     "memory": _memory,
@@ -175,5 +204,6 @@ _SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
 }
 _SUPPORTED = (
     "supported are file:///absolute/path, s3://bucket/prefix, s3+https://host/bucket/prefix, "
-    "sftp://host/absolute/path, root://host//path and memory://name"
+    "sftp://host/absolute/path, root://host//path, memory://name, and fsspec+PROTOCOL://… to read from what else fsspec "
+    "knows"
 )
