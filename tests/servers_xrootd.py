@@ -102,6 +102,7 @@ class XRootD(_Server):
         return f"root://127.0.0.1:{self.port}/"
 
     def start(self) -> None:
+        """Not in a thread that ends before the test does: the server would end with it."""
         self.port = self.port or free_port()
         configuration = self.directory / "xrootd.cfg"
         text = _CONFIGURATION.format(name=self.name, own=self.directory, port=self.port)
