@@ -165,7 +165,7 @@ def _xrootd(given: Given, no: Refusal) -> Storage:
 
 _FSSPEC = "fsspec+"
 #: Replica's own adapters keep promises that fsspec's file systems cannot.
-_OWN_SCHEMES = {"file": "file", "local": "file", "memory": "memory", "root": "root"}
+_OWN_SCHEMES = {"file": "file", "local": "file", "memory": "memory", "root": "root", "s3": "s3", "sftp": "sftp"}
 #: They reach other places than their URL says, or nest one file system in another.
 _WRAPPERS = frozenset(
     (
@@ -204,6 +204,6 @@ _SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
 }
 _SUPPORTED = (
     "supported are file:///absolute/path, s3://bucket/prefix, s3+https://host/bucket/prefix, "
-    "sftp://host/absolute/path, root://host//path, memory://name, and fsspec+PROTOCOL://… to read from what else fsspec "
-    "knows"
+    "sftp://host/absolute/path, root://host//path, memory://name, "
+    "and fsspec+PROTOCOL://… to read from what else fsspec knows"
 )
