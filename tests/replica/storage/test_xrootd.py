@@ -212,7 +212,6 @@ async def test_a_folder_belongs_to_one_endpoint(xrootd, storage, behind):
 
 
 async def test_a_server_that_is_silent_is_given_up_in_time(xrootd, storage, monkeypatch):
-
     from replica.storage import xrootd_calls
 
     monkeypatch.setattr(xrootd_calls, "ASK_SECONDS", 1)
@@ -220,6 +219,8 @@ async def test_a_server_that_is_silent_is_given_up_in_time(xrootd, storage, monk
         storage.server, "_ask", lambda *a, **k: type(storage.server)._ask(storage.server, *a, seconds=1)
     )
     xrootd.process.send_signal(signal.SIGSTOP)
+    while " T " not in Path(f"/proc/{xrootd.process.pid}/stat").read_text():
+        await asyncio.sleep(0.01)  # a busy machine lets its threads go on for a moment
     try:
         await refusal(TimedOut, lambda: storage.stat("f"))
     finally:
