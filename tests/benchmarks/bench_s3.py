@@ -14,7 +14,7 @@ Sketch       rclone moves the bytes once. We move them up, read them back, and t
 Measurement  Medians of `--repeats` runs, each tool in turn, targets removed before each. `put` is our upload without
              proof and publication, which shows where the rest goes. Ratios are seconds of rclone divided by ours.
 
-    python tests/benchmarks/bench_s3.py --dir /data/scratch [--gib 1] [--files 1000] [--repeats 1]
+    python tests/benchmarks/bench_s3.py --dir /data/scratch [--gib 1, or 0] [--files 1000, or 0] [--repeats 1]
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ async def measure(server: RcloneS3, scratch: Path, large: int, files: int, repea
         assert await asyncio.to_thread(lambda: subprocess.run(command, env=_environment(server)).returncode) == 0
 
     result: dict[str, object] = {"files": files, "large_bytes": large}
-    for which, size in (("large", large), ("small", files)):
+    for which, size in [(which, size) for which, size in (("large", large), ("small", files)) if size]:
         local = str(scratch / "here" / which)
         runs: dict[str, Callable[[], Awaitable[None]]] = {
             "put": lambda which=which: put(which),
