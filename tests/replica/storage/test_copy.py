@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from replica.storage import copy as copying
-from replica.storage import faultpoints, memory
+from replica.storage import copy_local as copying
+from replica.storage import faultpoints, memory, proof
 from replica.storage.base import PARTS, QUARANTINE
 from replica.storage.conformance import pattern
 from replica.storage.copy import (
@@ -199,7 +199,7 @@ def test_nothing_is_told_before_it_is_durable(folders, monkeypatch):
     source, target = folders
     source.behind.put("a/f", b"bytes")
     story = []
-    really = {"fsync": os.fsync, "drop": copying.drop_cache, "read": os.preadv}
+    really = {"fsync": os.fsync, "drop": proof.drop_cache, "read": os.preadv}
     rename = target.storage.tree.rename
 
     def fsync(descriptor):
@@ -207,7 +207,7 @@ def test_nothing_is_told_before_it_is_durable(folders, monkeypatch):
         really["fsync"](descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(copying, "drop_cache", lambda *a: (story.append("forget"), really["drop"](*a)))
+    monkeypatch.setattr(proof, "drop_cache", lambda *a: (story.append("forget"), really["drop"](*a)))
     monkeypatch.setattr(os, "preadv", lambda *a: (story.append("read"), really["read"](*a))[1])
     monkeypatch.setattr(target.storage.tree, "rename", lambda *a: (story.append("rename"), rename(*a))[1])
     run_local(folders)
@@ -392,7 +392,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_found_out(folders, m
     monkeypatch.setattr(copying, "WINDOW_BYTES", MIB)
     source, target = folders
     source.behind.put("a/f", pattern(5 * MIB))
-    really, turns = copying.write_out, []
+    really, turns = proof.write_out, []
 
     def lie(descriptor, begin, end):
         really(descriptor, begin, end)
@@ -401,7 +401,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_found_out(folders, m
             byte = os.pread(descriptor, 1, begin + 7)
             os.pwrite(descriptor, bytes([byte[0] ^ 1]), begin + 7)
 
-    monkeypatch.setattr(copying, "write_out", lie)
+    monkeypatch.setattr(proof, "write_out", lie)
     with pytest.raises(ChecksumDiffers) as told:
         run_local(folders, read_back="device")
     assert told.value.side == "target"
@@ -431,7 +431,7 @@ def test_a_failing_system_call_on_the_target_blames_the_target(folders, monkeypa
     before = open_descriptors()
     monkeypatch.setattr(os, call, fail)
     if call == "fdatasync":
-        monkeypatch.setattr(copying, "write_out", lambda descriptor, begin, end: os.fdatasync(descriptor))
+        monkeypatch.setattr(proof, "write_out", lambda descriptor, begin, end: os.fdatasync(descriptor))
     with pytest.raises(kind) as told:
         run_local(folders, read_back=read_back)
     monkeypatch.undo()
