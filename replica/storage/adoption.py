@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from replica.storage.base import Storage
-from replica.storage.copy_local import adopt_local, measure_local
+from replica.storage.copy_local import adopt_local, measure_local, refuse_same_local
 from replica.storage.faults import blaming
 from replica.storage.hashing import Hasher
 from replica.storage.judging import (
@@ -148,3 +148,11 @@ async def publish_proven(
             else:
                 return None
     raise in_the_way(target, target_path)
+
+
+async def refuse_same(source: Storage, source_path: str, target: Storage, target_path: str) -> None:
+    """Invalid if both are one file: its "wrong target" would be quarantined, and with it the source."""
+    if source.url == target.url and source_path == target_path:
+        raise same_file(source, source_path)
+    if isinstance(source, PosixStorage) and isinstance(target, PosixStorage):
+        await run(partial(refuse_same_local, source, source_path, target, target_path), executor=COPYING)

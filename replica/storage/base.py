@@ -13,7 +13,7 @@ one line to replica.storage.registry.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -251,4 +251,41 @@ class SupportsPresigned(Protocol):
 
     def presigned(self, path: str, seconds: int) -> str:
         """A URL by which whoever holds it may read the file for so long: a secret, never logged. Invalid: too long."""
+class SupportsResume(Protocol):
+    """Temporaries may be written in ranges, in any order, and be gone on with by a later attempt.
+
+    A temporary that was begun this way is read, published and deleted by the usual verbs. Everything else of resuming
+    (which chunks are there, which of them are right) is replica.storage.chunked's.
+    """
+
+    async def begin(self, temporary: str, size_bytes: int) -> None:
+        """Make an unpublished file to be written in ranges. Not idempotent: TargetExists. NoSpace."""
+        ...
+
+    async def write_at(self, temporary: str, offset: int, pieces: AsyncIterator[Piece]) -> None:
+        """Write one range, at the place given. Idempotent; durable only after `settle`; the file grows as needed.
+
+        Transient if there is no such temporary (any more): somebody took it over, or collected it.
+        """
+        ...
+
+    async def settle(self, temporary: str) -> None:
+        """All ranges written so far survive a power cut when this returns."""
+        ...
+
+    async def append(self, temporary: str, text: bytes) -> None:
+        """Add to the end of a small temporary, made if it is not there: a chunk map. In one piece, not synced."""
+        ...
+
+    async def unfinished(self, prefix: str) -> Sequence[str]:
+        """The temporaries whose tag begins so, chunk maps included. No effect."""
+        ...
+
+    async def take_over(self, temporary: str, mine: str) -> bool:
+        """Give another attempt's temporary a name of our own: atomic, so of several who try one gets it. It counts as
+        written to now, for `collect_parts`.
+
+        True: nobody can write into it any more. False: that is not known; it may be read from, and never be published.
+        Not idempotent: SourceMissing if it is not there any more.
+        """
         ...

@@ -30,7 +30,11 @@ What reading back proves on a POSIX target depends on `read_back`:
             where the proof would cost more than the copy: 0.3 to 0.5 of the speed of `cp` from the device, 0.65 to
             0.8 from the cache, on a disk about as fast as `cp` (tests/benchmarks/bench_copy.py).
 
-Large files are read back and written out in windows, one thread writing while another proves.
+Large files are read back and written out in windows, one thread writing while another proves. Where an interrupted
+copy shall be gone on with, or several sources are used at once, replica.storage.chunked takes the same steps.
+
+The rooms: this file is the entry and the way through the contract; copy_local the way between two folders, with the
+proof in proof; adoption looks at what has the name already; judging holds the values and the errors of all of them.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ from functools import partial
 from replica.storage import faultpoints
 from replica.storage.adoption import adopt, adopt_existing, measure, publish_proven
 from replica.storage.base import Piece, Storage, part_path
+from replica.storage.chunked import copy_chunked, resumable
+from replica.storage.chunks import Lineage
 from replica.storage.copy_local import LocalCopy, copy_local, copy_local_batch, measure_local
 from replica.storage.faults import blaming
 from replica.storage.hashing import Hasher
@@ -62,6 +68,7 @@ from replica.storage.judging import (
     needed,
     same,
 )
+from replica.storage.parts import Source
 from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
 from replica.storage.threads import run
@@ -71,15 +78,19 @@ __all__ = [
     "Control",
     "Copied",
     "Expected",
+    "Lineage",
     "LocalCopy",
     "ReadBack",
+    "Source",
     "Stopped",
     "adopt",
+    "copy_chunked",
     "copy_file",
     "copy_local",
     "copy_local_batch",
     "measure",
     "measure_local",
+    "resumable",
 ]
 
 
@@ -94,12 +105,27 @@ async def copy_file(
     control: Control | None = None,
     before_publish: Callable[[], None] | None = None,
     read_back: ReadBack = "auto",
+    lineage: Lineage | None = None,
 ) -> Copied:
     """Copy one file, whatever the two storages are. Idempotent: run again, it adopts what is there.
+
+    With a `lineage`, a large file goes on where an earlier attempt of that lineage ended, and leaves what it has
+    written for the next one when it is interrupted (replica.storage.chunked).
 
     Raises StorageError with its side; Stopped; and whatever `before_publish` raises. Cancelling it is like `stop`.
     """
     control = control or Control()
+    if lineage is not None and expected is not None and resumable(target, expected):
+        return await copy_chunked(
+            [Source(source, source_path)],
+            target,
+            target_path,
+            lineage=lineage,
+            expected=expected,
+            control=control,
+            before_publish=before_publish,
+            read_back=read_back,
+        )
     algorithms = needed(expected)
     if isinstance(source, PosixStorage) and isinstance(target, PosixStorage):
         return await run(

@@ -181,14 +181,8 @@ class _Attempt:
         self._algorithms = needed(order.expected)
         self.control.check()
         with blaming("target"):
-            try:
-                there = order.target.tree.open(order.target_path)
-            except SourceMissing:
+            if not refuse_same_local(order.source, order.source_path, order.target, order.target_path):
                 return
-        try:
-            self._refuse_same_file(there)
-        finally:
-            os.close(there)
         expected = order.expected
         if expected is None or not expected.checksums:
             # Nobody knows what the bytes should be, and a size proves nothing: the source must tell.
@@ -196,16 +190,6 @@ class _Attempt:
                 expected = Expected(*measure_local(order.source, order.source_path, control=self.control))
         with blaming("target"):
             self.done = adopt_local(order.target, order.target_path, expected, self.control, order.before_publish)
-
-    def _refuse_same_file(self, there: int) -> None:
-        # Two endpoints on one disk, or a bind mount: to quarantine "the wrong target" would take the source away.
-        with suppress(StorageError):  # a source that is not there, or cannot be reached, is another file
-            here = self.order.source.tree.open(self.order.source_path)
-            try:
-                if os.path.sameopenfile(here, there):
-                    raise same_file(self.order.source, self.order.source_path)
-            finally:
-                os.close(here)
 
     def move(self) -> None:
         order, control = self.order, self.control
@@ -221,7 +205,7 @@ class _Attempt:
                 self._proof = Proof(self._written, control, from_device=order.read_back == "device")
             self._stream(reading, before.size_bytes)
             with blaming("source"):
-                _still(order.source, order.source_path, reading, before.etag)
+                still(order.source, order.source_path, reading, before.etag)
                 if self._hasher.size_bytes != before.size_bytes:
                     raise changed(order.source, order.source_path)
         finally:
@@ -388,12 +372,32 @@ def measure_local(
                 hasher.update(buffer[:count])
                 if hasher.size_bytes > before.size_bytes:
                     raise changed(storage, path)
-            _still(storage, path, descriptor, before.etag)
+            still(storage, path, descriptor, before.etag)
             if hasher.size_bytes != before.size_bytes:
                 raise changed(storage, path)
     finally:
         os.close(descriptor)
     return hasher.size_bytes, hasher.checksums()
+
+
+def refuse_same_local(source: PosixStorage, source_path: str, target: PosixStorage, target_path: str) -> bool:
+    """Whether the target is there. Invalid if it is the source itself: two endpoints on one disk, or a bind mount; to
+    quarantine "the wrong target" would take the source away."""
+    try:
+        there = target.tree.open(target_path)
+    except SourceMissing:
+        return False
+    try:
+        with suppress(StorageError):  # a source that is not there, or cannot be reached, is another file
+            here = source.tree.open(source_path)
+            try:
+                if os.path.sameopenfile(here, there):
+                    raise same_file(source, source_path)
+            finally:
+                os.close(here)
+    finally:
+        os.close(there)
+    return True
 
 
 def adopt_local(
@@ -428,7 +432,7 @@ def adopt_local(
     raise in_the_way(target, path)
 
 
-def _still(storage: PosixStorage, path: str, descriptor: int, etag: str) -> None:
+def still(storage: PosixStorage, path: str, descriptor: int, etag: str) -> None:
     """The descriptor's file was not written to, and the path still names it."""
     try:
         if stat_of(os.fstat(descriptor)).etag == etag == storage.tree.stat(path).etag:

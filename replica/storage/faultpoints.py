@@ -11,6 +11,7 @@ Partner   replica.storage.copy reaches them; tests/replica/storage and the chaos
     after_verify    proven, not published
     after_publish   published, not reported
     piece           between the hash of a piece and its write
+    chunk           a chunk of a large file was written and noted in the chunk map
 
 REPLICA_FAULT_POINTS is `point=action[@n]`, several joined by ','; action is `kill` (SIGKILL to ourselves), `flip`
 (only at `piece`) or `slow` (a pause); with `@n` it happens the n-th time only, else the first time only, but a slow
@@ -30,7 +31,7 @@ from rules.errors import Invalid
 
 ACTIONS = ("kill", "flip", "slow")
 SLOW_SECONDS = 0.25
-POINTS = ("after_write", "after_verify", "after_publish", "piece")
+POINTS = ("after_write", "after_verify", "after_publish", "piece", "chunk")
 Handler = Callable[[str, memoryview | None], bytes | None]
 
 _handler: Handler | None = None

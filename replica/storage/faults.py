@@ -101,8 +101,8 @@ def blaming(side: Side) -> Iterator[None]:
     try:
         yield
     except SourceMissing as error:
-        if side != "target":
-            error.side = side
+        if side != "target" or error.side == "source":  # the source's, told through the target that was to write it
+            error.side = "source" if error.side == "source" else side
             raise
         # Not the source's loss: what we wrote (or looked at) on the target went away beneath us.
         raise Transient(

@@ -22,11 +22,11 @@ from rules.checksums import ALWAYS, DIGITS, Checksums
 from rules.errors import Invalid
 
 _Adler = Callable[[Any, int], int]
-_adler32: _Adler = zlib.adler32
+adler32: _Adler = zlib.adler32
 try:
     from zlib_ng import zlib_ng
 
-    _adler32 = zlib_ng.adler32  # 25 GB per CPU second instead of 2.8
+    adler32 = zlib_ng.adler32  # 25 GB per CPU second instead of 2.8
 except ImportError:  # pragma: no cover - the wheel exists for every platform we name; slow is better than absent
     pass
 
@@ -75,7 +75,7 @@ class Hasher:
     def update(self, piece: bytes | bytearray | memoryview) -> None:
         self.size_bytes += len(piece)
         self._xxh3.update(piece)
-        self._adler = _adler32(piece, self._adler)
+        self._adler = adler32(piece, self._adler)
         for _, digest in self._more:
             digest.update(piece)
 

@@ -14,7 +14,7 @@ import itertools
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from replica.storage.base import (
@@ -28,11 +28,12 @@ from replica.storage.base import (
     check_path,
     check_prefix,
     check_readable,
+    part_path,
 )
 from replica.storage.faults import place
 from replica.storage.hashing import Hasher
 from rules.checksums import ALWAYS
-from rules.errors import NoSpace, SourceMissing, TargetExists, Unreachable
+from rules.errors import NoSpace, SourceMissing, TargetExists, Transient, Unreachable
 from rules.quantities import human_bytes
 
 _PIECE_BYTES = 1 << 20
@@ -41,7 +42,7 @@ _versions = itertools.count(1)
 
 @dataclass(slots=True)
 class _File:
-    content: bytes
+    content: bytes | bytearray
     mtime_ns: int = field(default_factory=time.time_ns)
     version: int = field(default_factory=lambda: next(_versions))
 
@@ -61,7 +62,7 @@ class Behind:
 
     def get(self, path: str) -> bytes | None:
         file = self.files.get(path)
-        return None if file is None else file.content
+        return None if file is None else bytes(file.content)
 
     def remove(self, path: str) -> None:
         del self.files[path]
@@ -134,11 +135,12 @@ class MemoryStorage:
                 yield Entry(path, len(file.content), file.mtime_ns)
 
     async def read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[Piece]:
-        content = memoryview(self._file(path).content)
+        content = self._file(path).content
         end = len(content) if length is None else min(len(content), offset + length)
         for begin in range(offset, end, _PIECE_BYTES):
             await asyncio.sleep(0)  # a real storage lets others work here, and can be cancelled here
-            yield content[begin : min(begin + _PIECE_BYTES, end)]
+            piece = content[begin : min(begin + _PIECE_BYTES, end)]
+            yield piece if isinstance(piece, bytes) else bytes(piece)
 
     async def write(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int | None = None) -> None:
         check_part(temporary)
@@ -213,6 +215,54 @@ class MemoryStorage:
 
     async def close(self) -> None:
         return None
+
+    async def begin(self, temporary: str, size_bytes: int) -> None:
+        check_part(temporary)
+        store = self._reach()
+        if temporary in store.files:
+            raise TargetExists(f"{place(self.name, temporary)} exists already", endpoint=self.name, path=temporary)
+        self._fit(store, temporary, size_bytes)
+        store.files[temporary] = _File(b"")
+
+    async def write_at(self, temporary: str, offset: int, pieces: AsyncIterator[Piece]) -> None:
+        check_part(temporary)
+        async for piece in pieces:
+            file = self._unpublished(temporary)  # looked for anew each time: it may have been taken over meanwhile
+            content = file.content if isinstance(file.content, bytearray) else bytearray(file.content)
+            content.extend(bytes(max(0, offset - len(content))))
+            content[offset : offset + len(piece)] = piece
+            file.content, file.mtime_ns, file.version = content, time.time_ns(), next(_versions)
+            offset += len(piece)
+
+    def _unpublished(self, temporary: str) -> _File:
+        file = self._reach().files.get(temporary)
+        if file is None:
+            raise Transient(f"{place(self.name, temporary)} went away", endpoint=self.name, path=temporary)
+        return file
+
+    async def settle(self, temporary: str) -> None:
+        check_part(temporary)
+        file = self._unpublished(temporary)
+        file.content = bytes(file.content)
+
+    async def append(self, temporary: str, text: bytes) -> None:
+        check_part(temporary)
+        before = self._reach().files.get(temporary)
+        self._reach().files[temporary] = _File((before.content if before else b"") + text)
+
+    async def unfinished(self, prefix: str) -> Sequence[str]:
+        check_part(part_path(prefix))
+        return [path for path in self._reach().files if path.startswith(part_path(prefix))]
+
+    async def take_over(self, temporary: str, mine: str) -> bool:
+        check_part(temporary)
+        check_part(mine)
+        store = self._reach()
+        with store.lock:
+            file = self._file(temporary)
+            file.mtime_ns = time.time_ns()
+            store.files[mine] = store.files.pop(temporary)
+        return True  # whoever writes looks for the name each time
 
 
 def _free(store: Behind) -> int | None:

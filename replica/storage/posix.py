@@ -13,11 +13,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from replica.storage import unfinished
 from replica.storage.base import PARTS, Entry, Piece, Space, Stat, check_path
 from replica.storage.faults import translated
 from replica.storage.threads import in_thread, run
@@ -100,6 +101,40 @@ class PosixStorage:
 
     async def close(self) -> None:
         return None
+
+    async def begin(self, temporary: str, size_bytes: int) -> None:
+        os.close(await run(partial(self.tree.create_part, temporary, size_bytes), undo=os.close))
+
+    async def write_at(self, temporary: str, offset: int, pieces: AsyncIterator[Piece]) -> None:
+        descriptor = await run(partial(unfinished.open_part, self.tree, temporary), undo=os.close)
+        try:
+            unfinished.lock(descriptor)
+            async for piece in pieces:
+                with translated(self.name, temporary, "target"):
+                    await in_thread(unfinished.write_all_at, descriptor, memoryview(piece), offset)
+                offset += len(piece)
+        finally:
+            os.close(descriptor)
+
+    async def settle(self, temporary: str) -> None:
+        descriptor = await run(partial(unfinished.open_part, self.tree, temporary), undo=os.close)
+        try:
+            with translated(self.name, temporary, "target"):
+                await in_thread(os.fsync, descriptor)
+        finally:
+            os.close(descriptor)
+
+    async def append(self, temporary: str, text: bytes) -> None:
+        await in_thread(unfinished.append, self.tree, temporary, text)
+
+    async def unfinished(self, prefix: str) -> Sequence[str]:
+        return await in_thread(unfinished.names, self.tree, prefix)
+
+    async def take_over(self, temporary: str, mine: str) -> bool:
+        """True where the lock says so; of other machines on the same file system it cannot speak."""
+        descriptor, alone = await run(partial(unfinished.take_over, self.tree, temporary, mine))
+        os.close(descriptor)
+        return alone
 
     def local_path(self, path: str) -> Path:
         return Path(self.tree.path, check_path(path))

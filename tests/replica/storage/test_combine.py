@@ -51,7 +51,7 @@ def test_long_runs_of_one_byte_combine(algorithm, length, byte, chunk):
     of, combine = WAYS[algorithm]
     content = bytes([byte]) * length
     pieces = [content[begin : begin + chunk] for begin in range(0, length, chunk)] or [b""]
-    pieces = pieces[:40] + [b"".join(pieces[40:])]
+    pieces = [*pieces[:40], b"".join(pieces[40:])]
     assert reduce(lambda known, p: combine(known, of(p), len(p)), pieces, of(b"")) == of(content)
 
 
