@@ -18,8 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 from replica import wire
 from replica.log import Sparing, get_logger
+from replica.storage import chunks
 from replica.storage.base import Storage
-from replica.storage.copy import Control, Copied, Expected, LocalCopy, Stopped, adopt, copy_file, copy_local_batch
+from replica.storage.copy import (
+    Control,
+    Copied,
+    Expected,
+    Lineage,
+    LocalCopy,
+    Source,
+    Stopped,
+    adopt,
+    copy_chunked,
+    copy_file,
+    copy_local_batch,
+    resumable,
+)
 from replica.storage.posix import PosixStorage
 from rules.checksums import Checksums
 from rules.errors import Busy, Invalid, Permanent, ReplicaError, Side, SourceMissing, StorageError, Transient
@@ -75,6 +89,11 @@ class Held:
     def expected(self) -> Expected:
         return Expected(self.order.size, Checksums.of(self.order.checksums))
 
+    @property
+    def lineage(self) -> Lineage:
+        """Whose temporaries a large file goes on from: earlier attempts' of this transfer."""
+        return Lineage(str(self.order.transfer), self.order.epoch)
+
     def tag(self) -> str:
         """Of a temporary: no other attempt, of whatever epoch, writes to or publishes that name."""
         return f"{self.order.transfer}-{self.order.epoch}-{secrets.token_hex(4)}"
@@ -89,9 +108,11 @@ Finish = Callable[[Held, wire.Outcome | None], None]
 class Carrier:
     """Copies. `finish` is called in the event loop, once for each order."""
 
-    def __init__(self, storages: Storages, finish: Finish, *, concurrency: int) -> None:
+    def __init__(self, storages: Storages, finish: Finish, *, concurrency: int, sources_at_once: int = 1) -> None:
         self._storages = storages
         self._finish = finish
+        #: For one large file. More than one only where the limits of its links are known to allow it.
+        self._sources_at_once = sources_at_once
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="carry")
         self._log = get_logger()
         self._sparing: dict[tuple[str, str | None, str], Sparing] = {}
@@ -160,6 +181,8 @@ class Carrier:
         if not order.sources:
             await self._verify_in_place(held)
             return
+        if failure is None and order.size > chunks.RESUME_BYTES and await self._copy_large(held):
+            return
         blamed = order.sources[first - 1].endpoint if failure is not None else None
         for index in range(first, len(order.sources)):
             source = order.sources[index]
@@ -191,6 +214,49 @@ class Carrier:
                 return
         assert failure is not None
         self._finish(held, self._ended(held, failure, blamed))
+
+    async def _copy_large(self, held: Held) -> bool:
+        """By chunks, going on where an earlier attempt of this transfer ended; False if that cannot be done here."""
+        order = held.order
+        began = time.monotonic()
+        failures: dict[str, Exception] = {}
+        try:
+            target = await self._opened(order.target_url, order.target_endpoint, "target")
+            if not resumable(target, held.expected):
+                return False
+            sources = []
+            for source in order.sources:
+                try:
+                    storage = await self._opened(source.url, source.endpoint, "source")
+                    sources.append(Source(storage, source.path))
+                except Exception as error:  # noqa: BLE001  the other sources may do
+                    failures[source.endpoint] = error
+            if not sources:
+                raise next(iter(failures.values()))
+            copied = await copy_chunked(
+                sources,
+                target,
+                order.target_path,
+                lineage=held.lineage,
+                expected=held.expected,
+                control=held.control,
+                before_publish=held.before_publish,
+                at_once=self._sources_at_once,
+                on_failure=lambda source, error: self._source_failed(held, source.storage.name, error),
+            )
+        except Exception as error:  # noqa: BLE001  whatever it is, it is this order's outcome
+            at_source = isinstance(error, StorageError) and error.side == "source"
+            known = {source.endpoint for source in order.sources}
+            blamed = error.endpoint if isinstance(error, StorageError) and error.endpoint in known else None
+            self._finish(held, self._ended(held, error, blamed or order.sources[0].endpoint if at_source else None))
+            return True
+        if not copied.adopted and copied.moved_bytes < order.size:
+            self._log.info("transfer.resumed", did=order.did, transfer=order.transfer, moved_bytes=copied.moved_bytes)
+        self._finish(held, _done(held, copied, copied.source or order.sources[0].endpoint, time.monotonic() - began))
+        return True
+
+    def _source_failed(self, held: Held, endpoint: str, error: Exception) -> None:
+        self._log.info("source.failed", did=held.order.did, endpoint=endpoint, reason=str(error))
 
     async def _verify_in_place(self, held: Held) -> None:
         """No source: the bytes should be there already."""

@@ -20,12 +20,15 @@ from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import ClassVar, Protocol, TypeVar
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
-from replica.storage.base import PARTS, QUARANTINE, Entry, Piece, Storage, part_path
+from replica.storage.base import PARTS, QUARANTINE, Entry, Piece, Storage, SupportsResume, part_path
 from replica.storage.copy import Expected, adopt, copy_file, measure
 from replica.storage.hashing import Hasher
 from rules.errors import Invalid, ReplicaError, SourceMissing, TargetExists, Unreachable
 from rules.names import shown
+from rules.errors import Invalid, ReplicaError, SourceMissing, TargetExists, Transient, Unreachable
 
 E = TypeVar("E", bound=ReplicaError)
 
@@ -312,6 +315,50 @@ class StorageConformance:
         space = await storage.space()
         assert space is None or 0 <= space.free_bytes <= space.total_bytes
 
+    # ── ranges, for storages that write them ─────────────────────────────────────────────────────────────────────────
+
+    async def test_ranges_may_be_written_in_any_order(self, storage: Storage, behind: Behind) -> None:
+        if not isinstance(storage, SupportsResume):
+            return  # an ability, not a promise of every storage
+        content, part = pattern(3 * 1024 * 1024 + 11), part_path("17-1-ab")
+        cuts = [0, 5, 1024 * 1024, 2 * 1024 * 1024 + 3, len(content)]
+        await storage.begin(part, len(content))
+        await refusal(TargetExists, lambda: storage.begin(part, len(content)))
+        for begin, end in reversed([*pairwise(cuts)]):
+            await storage.write_at(part, begin, _pieces(content[begin:end]))
+        await storage.write_at(part, 7, _pieces(content[7:9]))
+        await storage.settle(part)
+        assert await read_all(storage, part, 3, 10) == content[3:13]
+        assert await read_all(storage, part) == content
+        await storage.publish(part, "f")
+        assert behind.get("f") == content
+        await refusal(Transient, lambda: storage.write_at(part, 0, _pieces(b"late")))
+        assert behind.get("f") == content
+
+    async def test_a_temporary_that_was_taken_over_has_only_its_new_name(
+        self, storage: Storage, behind: Behind
+    ) -> None:
+        if not isinstance(storage, SupportsResume):
+            return
+        old, mine = part_path("17-1-ab"), part_path("17-2-cd")
+        await storage.begin(old, 5)
+        await storage.write_at(old, 0, _pieces(b"bytes"))
+        await storage.append(old + ".map", b"one\n")
+        await storage.append(old + ".map", b"two\n")
+        await storage.begin(part_path("18-1-ef"), 1)
+        assert sorted(await storage.unfinished("17-")) == [old, old + ".map"]
+        assert await read_all(storage, old + ".map") == b"one\ntwo\n"
+        outcomes = await asyncio.gather(*(storage.take_over(old, mine) for _ in range(5)), return_exceptions=True)
+        assert sum(isinstance(outcome, bool) for outcome in outcomes) == 1
+        assert sum(isinstance(outcome, SourceMissing) for outcome in outcomes) == 4
+        await refusal(SourceMissing, lambda: storage.stat(old))
+        await refusal(ReplicaError, lambda: storage.publish(old, "f"))
+        await refusal(ReplicaError, lambda: storage.write_at(old, 0, _pieces(b"zombie")))
+        await storage.settle(mine)
+        await storage.publish(mine, "f")
+        assert behind.get("f") == b"bytes"
+        assert await storage.collect_parts(3600) == 0
+
     # ── refusing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def test_hostile_paths_are_refused_by_every_verb(self, storage: Storage, behind: Behind) -> None:
@@ -419,6 +466,11 @@ async def write(storage: Storage, part: str, *pieces: bytes) -> None:
             yield piece
 
     await storage.write(part, chunks())
+
+
+async def _pieces(*pieces: bytes) -> AsyncIterator[Piece]:
+    for piece in pieces:
+        yield piece
 
 
 async def listed(storage: Storage, prefix: str = "") -> list[Entry]:

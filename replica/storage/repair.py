@@ -93,8 +93,10 @@ class _Healing(Attempt):
     async def begin(self) -> None:
         await super().begin()
         path, good = self.giving
-        with blaming("target"):
-            await self.donate(path, {n: chunk for n, chunk in good.items() if n not in self.written})
+        wanted = {number: chunk for number, chunk in good.items() if number not in self.written}
+        if wanted:
+            with blaming("target"):
+                await self.donate(path, wanted)
 
 
 async def _look(

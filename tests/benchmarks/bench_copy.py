@@ -18,6 +18,10 @@ Measurement  Medians of `--repeats` runs, each tool in turn, on the same disk an
              of its files, the fair peer of a copy that survives a power cut (still unverified). Ratios are seconds of
              the peer divided by ours: above 1, we are faster. On a shared machine compare within one run only.
 
+CPU          Seconds of user and system time of this process for each GiB, beside those of a bare loop that reads and
+             writes the same file in pieces of 1 MiB and then syncs it. `copy_chunked` is the copy that can be gone on
+             with: chunk hashes and a map besides.
+
     python tests/benchmarks/bench_copy.py --dir /data/scratch [--gib 4] [--files 2000] [--repeats 3]
 """
 
@@ -39,8 +43,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from replica.storage.copy import LocalCopy, ReadBack, copy_local, copy_local_batch
+import xxhash
+
+from replica.storage.copy import (
+    Expected,
+    Lineage,
+    LocalCopy,
+    ReadBack,
+    Source,
+    copy_chunked,
+    copy_local,
+    copy_local_batch,
+)
 from replica.storage.posix import PosixStorage
+from rules.checksums import Checksums
 
 MIB = 1 << 20
 SMALL_BYTES = 64 << 10
@@ -63,9 +79,12 @@ def measure(scratch: Path, large_bytes: int, files: int, repeats: int) -> dict[s
     asyncio.run(target.prepare())
     at_source, at_target = scratch / "source", scratch / "target"
     block = os.urandom(16 * MIB)
+    hasher = xxhash.xxh3_128()
     with (at_source / "large").open("wb") as file:
         for begin in range(0, large_bytes, len(block)):
+            hasher.update(block[: large_bytes - begin])
             file.write(block[: large_bytes - begin])
+    expected = Expected(large_bytes, Checksums.of({"xxh3_128": hasher.hexdigest()}))
     small = at_source / "small"
     for number in range(files):
         folder = small / f"{number % 20:02}"
@@ -84,6 +103,19 @@ def measure(scratch: Path, large_bytes: int, files: int, repeats: int) -> dict[s
         copied = copy_local(source, "large", target, "large", tag="bench", read_back=read_back)
         assert copied.size_bytes == large_bytes and not copied.adopted
 
+    def chunked() -> None:
+        copied = asyncio.run(
+            copy_chunked([Source(source, "large")], target, "large", lineage=Lineage("bench"), expected=expected)
+        )
+        assert copied.moved_bytes == large_bytes
+
+    def bare() -> None:
+        buffer = memoryview(bytearray(MIB))
+        with (at_source / "large").open("rb", buffering=0) as reading, (at_target / "large").open("wb") as writing:
+            while count := reading.readinto(buffer):
+                os.write(writing.fileno(), buffer[:count])
+            os.fsync(writing.fileno())
+
     def loop() -> None:
         for name in names:
             copy_local(source, name, target, name, tag="bench")
@@ -95,15 +127,19 @@ def measure(scratch: Path, large_bytes: int, files: int, repeats: int) -> dict[s
 
     large_way = ["cp", str(at_source / "large"), str(at_target / "large")]
     small_way = ["cp", "-r", str(small), str(at_target / "small")]
+    cpu: dict[str, list[float]] = {}
     large = compare(
         {
             "cp": lambda: subprocess.run(large_way, check=True),
             "cp_durable": lambda: durable(*large_way),
             "copy_local": one,
             "copy_local_device": lambda: one("device"),
+            "copy_chunked": chunked,
+            "bare_loop": bare,
         },
         at_target,
         repeats,
+        cpu,
     )
     little = compare(
         {
@@ -118,12 +154,18 @@ def measure(scratch: Path, large_bytes: int, files: int, repeats: int) -> dict[s
     return {
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
         "repeats": repeats,
-        "large": {"bytes": large_bytes, **report(large, ["copy_local", "copy_local_device"])},
+        "large": {
+            "bytes": large_bytes,
+            **report(large, ["copy_local", "copy_local_device", "copy_chunked"]),
+            "cpu": report_cpu(cpu, large_bytes),
+        },
         "small": {"files": files, "bytes_each": SMALL_BYTES, **report(little, ["copy_local", "copy_local_batch"])},
     }
 
 
-def compare(ways: dict[str, Callable[[], object]], target: Path, repeats: int) -> dict[str, list[float]]:
+def compare(
+    ways: dict[str, Callable[[], object]], target: Path, repeats: int, cpu: dict[str, list[float]] | None = None
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, run in ways.items():
@@ -131,9 +173,11 @@ def compare(ways: dict[str, Callable[[], object]], target: Path, repeats: int) -
                 if found.name != ".replica":
                     shutil.rmtree(found) if found.is_dir() else found.unlink()
             os.sync()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             run()
             seconds[way].append(time.perf_counter() - began)
+            if cpu is not None:
+                cpu.setdefault(way, []).append(time.process_time() - used)
     return seconds
 
 
@@ -147,6 +191,15 @@ def report(seconds: dict[str, list[float]], ours: list[str]) -> dict[str, object
         "ratios": {
             f"{way} / {peer}": round(median[peer] / median[way], 2) for way in ours for peer in ("cp", "cp_durable")
         },
+    }
+
+
+def report_cpu(cpu: dict[str, list[float]], large_bytes: int) -> dict[str, object]:
+    gib = large_bytes / (1 << 30)
+    per_gib = {way: statistics.median(v) / gib for way, v in cpu.items() if not way.startswith("cp")}
+    return {
+        "seconds_per_gib": {way: round(v, 3) for way, v in per_gib.items()},
+        "by_bare_loop": {way: round(v / per_gib["bare_loop"], 2) for way, v in per_gib.items()},
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from replica.storage import faultpoints
+from replica.storage import chunks, faultpoints
 from replica.storage.base import PARTS, QUARANTINE
 from workers import carrying
 from workers import mover as mover_module
@@ -427,6 +427,55 @@ async def test_orders_that_wait_keep_their_lease_too(centre, world, running):
         await running(concurrency=1)
         await centre.wait_for(4, 20)
     assert {(o.outcome, o.epoch) for o in centre.outcomes} == {("done", 1)}
+
+
+async def test_a_large_file_goes_on_where_another_worker_ended(centre, world, running, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks, "RESUME_BYTES", 4 << 20)
+    content = os.urandom((16 << 20) + 5)
+    order = world.order("large.h5", content)
+    centre.add(order)
+    moved: list[int] = []
+    noted = threading.Semaphore(0)
+
+    def count(point: str, piece: memoryview | None) -> None:
+        if piece is not None:
+            moved.append(len(piece))
+        if point == "chunk":
+            noted.release()
+            if len(moved) == 8:
+                time.sleep(1)
+
+    with faultpoints.handling(count):
+        first = await running(finish_seconds=0.0)
+        await until(lambda: len(moved) == 8)
+        first.stop()
+        await first.task
+        assert [o.outcome for o in centre.outcomes] == ["given_back"]
+        assert len(parts(world)) == 2
+        centre.add(msgspec.structs.replace(order, epoch=1))
+        await running()
+        await centre.wait_for(2)
+    assert centre.outcomes[-1].outcome == "done"
+    assert centre.outcomes[-1].source_endpoint == "SOURCE"
+    assert (world.directory / "TARGET/large.h5").read_bytes() == content
+    assert sum(moved) <= len(content) + (1 << 20)
+    assert parts(world) == []
+
+
+async def test_a_large_file_goes_on_with_the_next_source(centre, world, running, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks, "RESUME_BYTES", 4 << 20)
+    content = os.urandom((8 << 20) + 5)
+    order = world.order("large.h5", content, sources=("SOURCE", "SECOND"))
+    (world.directory / "SOURCE/large.h5").write_bytes(content[:-9] + b"damaged!!")
+    centre.add(order)
+    await running()
+    await centre.wait_for(1)
+    (outcome,) = centre.outcomes
+    assert outcome.outcome == "done"
+    assert (world.directory / "TARGET/large.h5").read_bytes() == content
+    assert parts(world) == []
 
 
 # --- the end ---
