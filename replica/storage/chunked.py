@@ -64,6 +64,7 @@ from rules.checksums import Agreement, Checksums
 from rules.errors import (
     Broken,
     Busy,
+    Forbidden,
     Permanent,
     ReplicaError,
     SourceMissing,
@@ -148,6 +149,24 @@ class _Feed:
         elapsed = time.monotonic() - self.run.began
         total = sum(layout.length(number) for number in self.run.numbers)
         return elapsed * (total - self.run.bytes_done) / max(self.run.bytes_done, 1)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel them, and wait until they ended, however often we are cancelled meanwhile: their threads still use
+    descriptors that are closed next."""
+    for task in tasks:
+        task.cancel()
+    again: asyncio.CancelledError | None = None
+    while left := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            again = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody complains that it was not
+    if again is not None:
+        raise again
 
 
 class Attempt:
@@ -237,9 +256,11 @@ class Attempt:
         """Take over what an earlier attempt left, or begin anew."""
         with blaming("target"):
             for old, machine, kept in await self._earlier():
-                if self._part is None and kept and await self._take(old, machine, kept):
-                    continue
-                await self._discard(old)
+                with suppress(Forbidden):  # another user's: not ours to go on with, nor to remove
+                    if self._part is None and kept:
+                        await self._take(old, machine, kept)
+                    else:
+                        await self._discard(old)
             if self._part is None:
                 self._part = await self._new()
 
@@ -251,17 +272,20 @@ class Attempt:
         for old in {name.removesuffix(MAP_SUFFIX) for name in names}:
             if self._lineage.may_take(old):
                 machine, kept = "", dict[int, Chunk]()
-                with suppress(SourceMissing):
-                    text = bytearray()
-                    async with closing(self._target.read(map_of(old))) as pieces:
-                        async for piece in pieces:
-                            text += piece
-                    machine, kept = maps.parse(bytes(text), self.layout)
+                with suppress(SourceMissing, Forbidden):
+                    machine, kept = maps.parse(await self._map_text(map_of(old)), self.layout)
                 found.append((old, machine, kept if old in names else {}))
         return sorted(found, key=lambda one: len(one[2]), reverse=True)
 
-    async def _take(self, old: str, machine: str, kept: dict[int, Chunk]) -> bool:
-        """Go on in it, or give its chunks to one of our own. False: somebody else has it now."""
+    async def _map_text(self, path: str) -> bytes:
+        text = bytearray()
+        async with closing(self._target.read(path, 0, maps.MAP_BYTES_MAX)) as pieces:
+            async for piece in pieces:
+                text += piece
+        return bytes(text)
+
+    async def _take(self, old: str, machine: str, kept: dict[int, Chunk]) -> None:
+        """Go on in it, or give its chunks to one of our own; neither, if somebody else was faster."""
         mine = self._lineage.new_part()
         # Before the rename: killed between the two, there is a map too many and no temporary without one.
         await self._note_head(mine, kept)
@@ -275,9 +299,11 @@ class Attempt:
                 assert isinstance(self._target, SupportsResume)
                 alone = await self._target.take_over(old, mine)
                 taken = ContractPart(self._target, mine, self.layout, self._control, alone=alone)
-        except (SourceMissing, Transient):
+        except StorageError as error:
             await self._target.delete(map_of(mine))
-            return False
+            if isinstance(error, SourceMissing):
+                return
+            raise
         await self._target.delete(map_of(old))
         if taken.alone:
             self._part = taken
@@ -288,7 +314,6 @@ class Attempt:
             self._part = await self._new()
             await self.donate(mine, kept)
             await self._discard(mine)
-        return True
 
     async def donate(self, path: str, kept: dict[int, Chunk]) -> None:
         """Have chunks from another file of the target."""
@@ -355,9 +380,7 @@ class Attempt:
             proving.result()
         finally:
             tasks = [proving, *feeding, *(f.moving for f in feeds.values() if f.moving is not None)]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
 
     def _ended(self, place: int, task: asyncio.Task[None]) -> None:
         """A feed ends only by an error: a source's costs the source, any other the attempt."""

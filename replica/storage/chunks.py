@@ -33,7 +33,10 @@ CHUNK_BYTES = 8 << 20
 #: Files above this size are worth a map. Below, an interrupted copy loses less than the map would cost.
 RESUME_BYTES = 64 << 20
 MAP_SUFFIX = ".map"
+#: More than the map of any file has that we could copy; what is longer is not read to its end.
+MAP_BYTES_MAX = 64 << 20
 _HEAD = "replica-chunks 1"
+_CHUNK = re.compile(r"(\d{1,12}) ([0-9a-f]{32}) ([0-9a-f]{8}) ([0-9a-f]{16})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,9 @@ def parse(text: bytes, layout: Layout) -> tuple[str, dict[int, Chunk]]:
         return "", {}
     chunks: dict[int, Chunk] = {}
     for told in whole:
-        match told.split(" "):
-            case [number, xxh3, adler, source] if number.isdecimal() and int(number) < layout.count:
-                chunks[int(number)] = Chunk(xxh3, int(adler, 16), source)
+        found = _CHUNK.fullmatch(told)
+        if found and int(found[1]) < layout.count:
+            chunks[int(found[1])] = Chunk(found[2], int(found[3], 16), found[4])
     return begins[2], chunks
 
 

@@ -212,13 +212,13 @@ class ContractPart:
             async with closing(self.target.read(self.path, begin, end - begin)) as pieces:
                 stream = Cut(pieces)
                 for number in numbers:
-                    mark, found, left = whole.mark(), xxhash.xxh3_128(), self._layout.length(number)
+                    mark, found, left = whole.mark(), Tally(), self._layout.length(number)
                     while left and (piece := await stream.next(left)):
                         self._control.check()
                         found.update(piece)
                         whole.update(piece)
                         left -= len(piece)
-                    if left or found.hexdigest() != claimed[number].xxh3_128:
+                    if left or found.chunk(claimed[number].source) != claimed[number]:
                         whole.back_to(mark)
                         return number
         return None

@@ -24,6 +24,7 @@ from replica.storage.base import Piece
 from replica.storage.chunks import Chunk, Layout, line, map_of, this_machine, token_of
 from replica.storage.copy_local import still
 from replica.storage.faults import blaming, translated
+from replica.storage.hashing import adler32
 from replica.storage.judging import COPYING, Control, ReadBack, changed, differs
 from replica.storage.parts import Done, Run, Tally, Whole, fetch_stream
 from replica.storage.posix import PIECE_BYTES, PosixStorage, drop_cache, write_out
@@ -180,11 +181,11 @@ class LocalPart:
     async def prove(
         self, numbers: Sequence[int], claimed: Mapping[int, Chunk], whole: Whole, doubted: Collection[int]
     ) -> int | None:
-        wanted = {number: claimed[number].xxh3_128 for number in numbers}
+        wanted = {number: claimed[number] for number in numbers}
         from_device = self._from_device or any(number in doubted for number in numbers)
         return await run(partial(self._prove, wanted, whole, from_device), executor=COPYING, on_cancel=self._abandon)
 
-    def _prove(self, wanted: Mapping[int, str], whole: Whole, from_device: bool) -> int | None:
+    def _prove(self, wanted: Mapping[int, Chunk], whole: Whole, from_device: bool) -> int | None:
         descriptor = self._descriptor
         begin, end = self._layout.span(min(wanted))[0], self._layout.span(max(wanted))[1]
         with translated(self.target.name, self.path, "target"):
@@ -193,8 +194,8 @@ class LocalPart:
                 write_out(descriptor, begin, end)
                 forget(descriptor, begin, end)
             buffer = memoryview(bytearray(PIECE_BYTES))
-            for number, digest in wanted.items():
-                mark, found = whole.mark(), xxhash.xxh3_128()
+            for number, chunk in wanted.items():
+                mark, found, adler = whole.mark(), xxhash.xxh3_128(), 1
                 at, stop = self._layout.span(number)
                 while at < stop:
                     self._control.check()
@@ -205,8 +206,11 @@ class LocalPart:
                         break
                     found.update(buffer[:count])
                     whole.update(buffer[:count])
+                    if from_device:  # of these a map told it, not we
+                        adler = adler32(buffer[:count], adler)
                     at += count
-                if at < stop or found.hexdigest() != digest:
+                differs_from_map = from_device and adler != chunk.adler32
+                if at < stop or found.hexdigest() != chunk.xxh3_128 or differs_from_map:
                     whole.back_to(mark)
                     return number
             if not from_device:

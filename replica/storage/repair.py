@@ -15,6 +15,7 @@ chunks are written. Good chunks are shared with the damaged file (reflink) or co
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from replica.storage.faults import blaming
 from replica.storage.judging import Control, Copied, Expected, ReadBack, needed
 from replica.storage.parts import Cut, Source, Tally, Whole
 from replica.storage.pieces import closing
+from replica.storage.posix import PosixStorage, drop_cache
+from replica.storage.threads import in_thread
 from rules.checksums import Agreement, Checksums
 from rules.errors import SourceMissing, StorageError
 
@@ -108,12 +111,23 @@ async def _look(
             found = await target.stat(path)
         except SourceMissing:
             return {}, Checksums()
+        if isinstance(target, PosixStorage):
+            await in_thread(_forget, target, path)
         token = token_of(target.url, path, found.etag)
         whole = Whole(needed(expected))
         there = await _tallied(target, path, layout, token, control, whole)
     if found.size_bytes != layout.size_bytes:
         return there, Checksums()
     return there, Checksums.of(whole.values())
+
+
+def _forget(target: PosixStorage, path: str) -> None:
+    """The disk is suspected, so the kernel's memory of it is no witness."""
+    descriptor = target.tree.open(path)
+    try:
+        drop_cache(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def _at_a_source(

@@ -300,6 +300,46 @@ async def test_a_target_that_vanishes_keeps_what_it_has(folders):
     assert (copied.moved_bytes, target.behind.get("b/g") == CONTENT) == (0, True)
 
 
+async def test_a_temporary_that_is_not_ours_to_open_is_left_alone(folders):
+    source, target = folders
+    await interrupted(source.source(), target, 20)
+    part, its_map = target.parts()
+    content = target.behind.get(part)
+    target.behind.remove(part)
+    (target.behind.root / part).symlink_to("/etc/hostname")
+    assert content
+    copied = await carry(source.source(None), target, 2)
+    assert copied.moved_bytes == SIZE
+    assert target.behind.get("b/g") == CONTENT
+    assert target.parts() == [part, its_map]
+
+
+async def test_cancelled_again_and_again_it_still_waits_for_its_threads(folders):
+    """Else a descriptor is closed that a thread still writes to, and its number may be another file's by then."""
+    source, target = folders
+    reached, go_on, ended = threading.Event(), threading.Event(), []
+
+    def hold(point, piece):
+        if point == "piece":
+            reached.set()
+            go_on.wait(5)
+            ended.append(point)
+
+    before = open_descriptors()
+    with faultpoints.handling(hold):
+        task = asyncio.create_task(carry(source.source(), target))
+        await asyncio.to_thread(reached.wait, 5)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0.02)
+            assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert ended
+    assert open_descriptors() <= before + 3
+
+
 # ── whose bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
