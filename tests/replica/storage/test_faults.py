@@ -71,3 +71,13 @@ def test_a_target_that_loses_our_file_never_blames_the_source():
         raise FileNotFoundError(errno.ENOENT, "")
     assert told.value.side == "target"
     assert not isinstance(told.value, errors.SourceMissing)
+
+
+def test_a_source_that_goes_away_while_the_target_writes_is_still_the_sources_loss():
+    """The target's write asks the source for its pieces, so the error passes through both."""
+    with pytest.raises(errors.SourceMissing) as told, blaming("target"), blaming("source"):
+        raise errors.SourceMissing("gone", endpoint="S", path="f")
+    assert told.value.side == "source"
+    with pytest.raises(errors.Transient) as told, blaming("target"):
+        raise errors.SourceMissing("gone", endpoint="T", path="f")
+    assert told.value.side == "target"
