@@ -251,6 +251,8 @@ class SupportsPresigned(Protocol):
 
     def presigned(self, path: str, seconds: int) -> str:
         """A URL by which whoever holds it may read the file for so long: a secret, never logged. Invalid: too long."""
+
+
 class SupportsResume(Protocol):
     """Temporaries may be written in ranges, in any order, and be gone on with by a later attempt.
 

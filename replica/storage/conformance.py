@@ -19,16 +19,14 @@ import asyncio
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import ClassVar, Protocol, TypeVar
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from replica.storage.base import PARTS, QUARANTINE, Entry, Piece, Storage, SupportsResume, part_path
 from replica.storage.copy import Expected, adopt, copy_file, measure
 from replica.storage.hashing import Hasher
-from rules.errors import Invalid, ReplicaError, SourceMissing, TargetExists, Unreachable
-from rules.names import shown
 from rules.errors import Invalid, ReplicaError, SourceMissing, TargetExists, Transient, Unreachable
+from rules.names import shown
 
 E = TypeVar("E", bound=ReplicaError)
 

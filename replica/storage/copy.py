@@ -45,7 +45,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 
-from replica.storage import faultpoints
+from replica.storage import faultpoints, servercopy
 from replica.storage.adoption import adopt, adopt_existing, measure, publish_proven
 from replica.storage.base import Piece, Storage, part_path
 from replica.storage.chunked import copy_chunked, resumable
@@ -72,6 +72,7 @@ from replica.storage.parts import Source
 from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
 from replica.storage.threads import run
+from rules.checksums import Checksums
 from rules.errors import ReplicaError
 
 __all__ = [
@@ -150,14 +151,18 @@ async def copy_file(
         return adopted
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
     try:
-        hasher = Hasher(algorithms)
+        algorithms = (*algorithms, *await servercopy.digests_of(target))
         with blaming("source"):
             before = await source.stat(source_path)
             expect_size(source, source_path, before.size_bytes, expected)
             control.check()
-        with blaming("target"):
-            async with closing(_hashed(source, source_path, before.size_bytes, hasher, control)) as pieces:
-                await target.write(part, pieces, size_bytes=before.size_bytes)
+        known = expected.checksums if expected is not None else Checksums()
+        by_server = await servercopy.copied(source, source_path, before, target, part, known, algorithms, control.check)
+        hasher = by_server or Hasher(algorithms)
+        if not by_server:
+            with blaming("target"):
+                async with closing(_hashed(source, source_path, before.size_bytes, hasher, control)) as pieces:
+                    await target.write(part, pieces, size_bytes=before.size_bytes)
         with blaming("source"):
             after = await source.stat(source_path)
             if after.etag != before.etag or hasher.size_bytes != after.size_bytes:
@@ -166,7 +171,7 @@ async def copy_file(
         faultpoints.reach("after_write")
         with blaming("target"):
             control.phase = "verifying"
-            verified_by = await _prove(target, part, hasher, control)
+            verified_by = "read back" if by_server else await _prove(target, part, hasher, control)
             faultpoints.reach("after_verify")
             there = await publish_proven(target, part, target_path, exactly(hasher), control, before_publish)
             if there is not None:
