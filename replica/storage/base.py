@@ -253,6 +253,7 @@ class SupportsPresigned(Protocol):
         """A URL by which whoever holds it may read the file for so long: a secret, never logged. Invalid: too long."""
 
 
+@runtime_checkable
 class SupportsResume(Protocol):
     """Temporaries may be written in ranges, in any order, and be gone on with by a later attempt.
 

@@ -146,7 +146,8 @@ def test_a_frozen_redis_is_heard_again_when_it_thaws(own_redis: Redis, ear):
     assert one.hears_within(20)
     assert own_redis.process is not None
     own_redis.process.send_signal(signal.SIGSTOP)
-    assert not one.hears_within(2)
+    # What was on its way on a busy machine may still come; then nothing does.
+    assert not all(one.hears_within(2) for _ in range(5))
     own_redis.process.send_signal(signal.SIGCONT)
     assert one.hears_within(30)
 
