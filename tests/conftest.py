@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from replica.db import schema
 from replica.db.engine import Database
 from tests.servers import PostgreSQL, Redis
+from tests.servers_dav import Apache, Rclone
 from tests.servers_xrootd import XRootD, running
 
 _numbers = itertools.count(1)
@@ -70,6 +71,28 @@ def xrootd_pair(_xrootd_pair: tuple[XRootD, XRootD]) -> tuple[XRootD, XRootD]:
 def xrootd(xrootd_pair: tuple[XRootD, XRootD]) -> XRootD:
     """An empty XRootD server; `.url_http`, `.url_https`, `.url_root`, `.data`."""
     return xrootd_pair[0]
+
+
+@pytest.fixture(scope="session")
+def apache() -> Iterator[Apache]:
+    """Apache's mod_dav for the session; `.url`, `.data`. Who stops it starts it again."""
+    server = Apache()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def rclone_server() -> Iterator[Rclone]:
+    """`rclone serve webdav` for the session; `.url`, `.data`. Who stops it starts it again."""
+    server = Rclone()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
 
 
 @pytest.fixture

@@ -443,12 +443,12 @@ class StorageConformance:
         assert await adopt(storage, "nothing/there", expected) is None
 
 
-async def refusal(kind: type[E], verb: Callable[[], Awaitable[object]]) -> E:
+async def refusal(kind: type[E] | tuple[type[E], ...], verb: Callable[[], Awaitable[object]]) -> E:
     try:
         await verb()
     except kind as error:
         return error
-    raise AssertionError(f"{kind.__name__} was expected")
+    raise AssertionError(f"{kind} was expected")
 
 
 async def read_all(storage: Storage, path: str, offset: int = 0, length: int | None = None) -> bytes:

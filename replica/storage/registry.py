@@ -135,6 +135,23 @@ def _s3(given: Given, no: Refusal) -> Storage:
     return open_s3(given, no)
 
 
+def _webdav(given: Given, no: Refusal) -> Storage:
+    from replica.storage.webdav import WebdavStorage
+
+    parts = given.parts
+    example = "davs://host:port/folder"
+    try:
+        host = parts.hostname and parts.port != 0
+    except ValueError:
+        host = None
+    if not host:
+        raise no("names no host, or a port that is none", f"write {example}")
+    path = _plain(parts.path, no, example)
+    if any(c < " " or c == "\x7f" for c in path) or "%2f" in parts.path.lower():
+        raise no("holds a control character or an encoded slash")
+    return WebdavStorage(given.url, name=given.name, settings=given.settings)
+
+
 def _xrootd(given: Given, no: Refusal) -> Storage:
     from replica.storage.xrootd import XRootDStorage
     from replica.storage.xrootd_calls import Server
@@ -195,6 +212,10 @@ def _fsspec(given: Given, no: Refusal) -> Storage:
 _SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
     "file": _file,
     "memory": _memory,
+    "https": _webdav,
+    "davs": _webdav,
+    "http": _webdav,
+    "dav": _webdav,
     "s3": _s3,
     "s3+https": _s3,
     "s3+http": _s3,
@@ -203,7 +224,7 @@ _SCHEMES: dict[str, Callable[[Given, Refusal], Storage]] = {
     "roots": _xrootd,
 }
 _SUPPORTED = (
-    "supported are file:///absolute/path, s3://bucket/prefix, s3+https://host/bucket/prefix, "
+    "supported are file:///absolute/path, davs://host/folder, s3://bucket/prefix, s3+https://host/bucket/prefix, "
     "sftp://host/absolute/path, root://host//path, memory://name, "
     "and fsspec+PROTOCOL://… to read from what else fsspec knows"
 )
