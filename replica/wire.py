@@ -235,6 +235,61 @@ class Link(Answer):
     allowed: bool
 
 
+class LimitChange(Document):
+    """How much may be in flight at once; null: as much as there is. Absent fields stay as they are."""
+
+    #: read and write: of an endpoint; link: to the endpoint `of`, from `source`.
+    kind: Literal["read", "write", "link", "activity", "account"]
+    of: Text
+    source: Text | None = None
+    files_max: Count | msgspec.UnsetType | None = msgspec.UNSET
+    #: A file that is larger than this goes alone.
+    bytes_max: Count | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Limit(Answer):
+    kind: str
+    #: What it is of; a link as `source → target`.
+    of: str
+    files_max: int | None
+    bytes_max: int | None
+    files_in_flight: int
+    bytes_in_flight: int
+
+
+class Limits(Answer):
+    items: list[Limit]
+
+
+class NewActivity(Document):
+    name: Text
+    #: Activities that wait share what workers can do in the proportion of their weights.
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
+class Activity(Answer):
+    name: str
+    weight: int
+
+
+class Activities(Answer):
+    items: list[Activity]
+
+
+class Breaker(Answer):
+    """Why an endpoint is left alone for a while, though nobody banned it."""
+
+    direction: str
+    #: open: nothing goes there before `probe_at`; half_open: one transfer tries it now.
+    state: str
+    #: full, denied, away, throttled or failing.
+    why: str
+    message: str
+    since: datetime
+    probe_at: datetime | None
+    hint: str
+
+
 class Protected(Answer):
     """What rules protect at an endpoint. A file that is in two datasets counts twice."""
 
@@ -273,6 +328,8 @@ class Endpoint(Answer):
     decommissioned_at: datetime | None = None
     #: Only where one endpoint was asked for.
     protected: Protected | None = None
+    #: Only where one endpoint was asked for: what is not read from or written to for now, because it failed.
+    breakers: list[Breaker] = []
 
 
 class Space(Document):

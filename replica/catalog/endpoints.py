@@ -10,6 +10,7 @@ Partner   rules.endpoints has the value that decisions see; replica.storage open
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -17,7 +18,7 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import accounts, bulk, cursors, guards, outbox, reasons, sites
+from replica.catalog import accounts, breakers, bulk, cursors, guards, outbox, reasons, sites
 from replica.catalog.documents import check_attributes
 from replica.catalog.membership import Unguessed, literal
 from replica.db import tables
@@ -78,7 +79,11 @@ def add(s: Session, new: wire.NewEndpoint, actor: Actor | None = None) -> wire.E
 
 def get(s: Session, name: str) -> wire.Endpoint:
     found = row(s, name)
-    return msgspec.structs.replace(_endpoint(found, _attributes(s, [found.id])), protected=_protected(s, found.id))
+    return msgspec.structs.replace(
+        _endpoint(found, _attributes(s, [found.id])),
+        protected=_protected(s, found.id),
+        breakers=breakers.of_endpoint(s, found.id),
+    )
 
 
 def list_page(s: Session, where: str | None, cursor: str | None, limit: int) -> wire.Page[wire.Endpoint]:
@@ -130,6 +135,7 @@ def unban(s: Session, name: str, actor: Actor | None = None) -> wire.Endpoint:
     """It may be read, written and deleted from again."""
     found = row(s, name)
     _in_service(found)
+    breakers.forget(s, found.id)
     if all(getattr(found, ability) for ability in _ABILITIES):
         return get(s, name)
     _facts_changed(s)
@@ -224,8 +230,17 @@ def _in_service(found: sa.Row[Any]) -> None:
 
 def snapshot(s: Session) -> tuple[Endpoint, ...]:
     """All endpoints at this moment, by id."""
-    rows = s.execute(_select().order_by(endpoints.c.id)).all()
-    attributes = _attributes(s, None)
+    return values(s, rows(s), with_attributes=True)
+
+
+def rows(s: Session) -> Sequence[sa.Row[Any]]:
+    """Of all endpoints, by id: their columns and their `site`."""
+    return s.execute(_select().order_by(endpoints.c.id)).all()
+
+
+def values(s: Session, of: Iterable[sa.Row[Any]], *, with_attributes: bool) -> tuple[Endpoint, ...]:
+    """These rows as decisions see them; without attributes where nothing is decided by an expression."""
+    attributes = _attributes(s, None) if with_attributes else {}
     return tuple(
         Endpoint(
             id=r.id,
@@ -241,7 +256,7 @@ def snapshot(s: Session) -> tuple[Endpoint, ...]:
             decommissioned=r.decommissioned_at is not None,
             status=r.status_reason,
         )
-        for r in rows
+        for r in of
     )
 
 

@@ -497,9 +497,9 @@ def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
         .where(
             transfers.c.file_id.in_(sa.select(pairs.c.file_id)),
             Unguessed(transfers.c.state == literal(TransferState.QUEUED)),
-            Unguessed(transfers.c.reason_code == "no_source"),
+            Unguessed(sa.or_(transfers.c.reason_code == "no_source", transfers.c.waits_for != "")),
         )
-        .values(not_before=None, reason_code=None, reason=None)
+        .values(not_before=None, reason_code=None, reason=None, waits_for="")
         .returning(transfers.c.site_id)
     )
     provision.wake_sites(s, {site_id for (site_id,) in freed})

@@ -4,12 +4,19 @@ Given     a site, from the worker's token, and how much it can take.
 Returns   orders with a lease and an epoch; and, for heartbeats, which of them to stop.
 Promises  only the site's own transfers; never one that another worker holds; the epoch goes up with every claim, so
           whoever lost a lease can change nothing any more. A claim is a fixed number of statements and reads the queue
-          only as far as its limit, whatever the length of the queue.
-Partner   rules.sources ranks the copies to read from; replica.catalog.outcomes takes the reports.
+          only as far as its limit, whatever the length of the queue. What is full, banned or has failed is passed over
+          and stops nothing else. No limit on what is in flight is ever exceeded; activities get their shares.
+Partner   rules.sources ranks the copies to read from, rules.lanes says who is next, rules.limits and rules.breakers who
+          is not; replica.catalog.outcomes takes the reports.
+
+The claims of one site wait for one another, so that each sees what the one before took; those of different sites only
+where they share a limit, or an endpoint that is to be probed.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,18 +26,26 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
+from replica.catalog import activities, guards, lanes, limits, sites
+from replica.catalog import breakers as breakers_
 from replica.catalog import endpoints as endpoints_
-from replica.catalog import sites
-from replica.catalog.bulk import Columns, ids_of, rows_of
-from replica.catalog.membership import Unguessed, any_of, dids_named, literal, walk_by_index
+from replica.catalog.breakers import Gate
+from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
+from replica.catalog.membership import Unguessed, any_of, dids_named, literal
 from replica.db.engine import Session
-from replica.db.tables import Instant, alias_of, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
+from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
+from replica.db.tables import breakers as breakers_table
+from replica.db.tables import limits as limits_table
 from rules import expressions
+from rules.breakers import BreakerState
 from rules.checksums import DIGITS
 from rules.endpoints import Endpoint, Link
 from rules.errors import ReplicaError
+from rules.lanes import Heads, Lane
+from rules.limits import SHARED, Room
 from rules.names import Did
 from rules.paths import is_injective, owners, path_for
+from rules.shares import Shares
 from rules.sources import Source, rank, why_none
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 
@@ -38,9 +53,9 @@ from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 SOURCES_MAX = 5
 #: How long a transfer waits before somebody looks again whether it has a source. A new source ends the pause at once.
 NO_SOURCE_SECONDS = 300
-#: How many transfers to endpoints that are not written to are put aside by one claim.
-PUT_ASIDE_MAX = 1_000
-PUT_ASIDE_SECONDS = 300
+#: Of an activity so many times its share is read, and a few more: others may have less than theirs.
+READ_AHEAD = 1.25
+READ_MORE = 8
 
 
 class _File(msgspec.Struct, gc=False):
@@ -69,6 +84,13 @@ class _World:
     endpoint: dict[int, Endpoint]
     place: dict[int, sa.Row[Any]]
     links: dict[tuple[int, int], Link]
+    room: Room
+    #: (endpoint, direction) → whether it lets anything through; what is not there does
+    breakers: dict[tuple[int, str], Gate]
+    #: (endpoint, direction, transfer, epoch): who tries what has failed
+    probes: list[tuple[int, str, int, int]] = field(default_factory=list)
+    #: rule → account
+    account: dict[int | None, int] = field(default_factory=dict)
     files: dict[int, _File] = field(default_factory=dict)
     #: file → endpoint → its replica
     replicas: dict[int, dict[int, _Copy]] = field(default_factory=dict)
@@ -85,24 +107,142 @@ class _World:
 
 
 def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
-    """Take up to `limit` transfers of the site, the most urgent first."""
-    _put_aside(s, site_id)
-    walk_by_index(s)
-    rows, more = _take(s, site_id, claim)
+    """Take up to `limit` transfers of the site: activities by their shares, in each the most urgent first."""
+    lanes.by_lanes(s)
+    lanes.let_in(s, site_id)
     orders: list[wire.Order] = []
-    if rows:
-        world = _look(s, rows)
-        impossible: list[tuple[int, str, str]] = []
-        for row in rows:
-            order = _order(row, world)
-            if isinstance(order, str):
-                impossible.append((row.id, _obstacle(row, world), order))
-            else:
-                orders.append(order)
-        _lease(s, [order.transfer for order in orders], claim.worker, lease_seconds)
-        _put_back(s, impossible)
+    more = False
+    if waiting := lanes.keys(s, site_id):
+        held_off = _hold_off(s, site_id)
+        room = limits.room(s) if held_off.limited else Room()
+        breakers = breakers_.of_claims(s) if held_off.broken else {}
+        place = {row.id: row for row in endpoints_.rows(s)}
+        turns = activities.shares(s, site_id, {key.activity for key in waiting})
+        open_ = [(key, most) for key in waiting if (most := _most(key, place, room, breakers)) != 0]
+        if open_:
+            read = lanes.heads(s, site_id, _windows(open_, turns, claim.limit + 1))
+            world = _look(s, [row for lane in read for *_, row in lane.rows], place, room, breakers)
+            orders, more = _hand_out(s, claim, Heads(read, turns), world, lease_seconds)
+            activities.keep(s, site_id, turns)
     sites.seen(s, site_id)
     return wire.Orders(orders=orders, lease_seconds=lease_seconds, more=more)
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOff:
+    limited: bool
+    broken: bool
+
+
+def _hold_off(s: Session, site_id: int) -> _HeldOff:
+    """Other claims that could take the same, or exceed the same limits."""
+    limited = sa.exists(sa.select(1).select_from(limits_table))
+    shared = sa.exists().where(limits_table.c.kind.in_(sorted(SHARED)))
+    broken = sa.exists().where(breakers_table.c.state != BreakerState.CLOSED.value)
+    flags = sa.select(limited.label("limited"), shared.label("shared"), broken.label("broken"))
+    guards.one_at_a_time(s, "claims", site_id)
+    found = s.execute(flags).one()
+    if found.shared:
+        guards.one_at_a_time(s, "limits")
+    if found.broken:
+        breakers_.hold(s)
+    return _HeldOff(bool(found.limited), bool(found.broken))
+
+
+def _most(
+    key: lanes.Key, place: dict[int, sa.Row[Any]], room: Room, breakers: dict[tuple[int, str], Gate]
+) -> int | None:
+    """How many of a lane can go at most; None: any number."""
+    target = place[key.target_id]
+    if not target.writable:
+        return 0
+    kind, _, of = key.waits_for.partition(":")
+    gates = [breakers.get((key.target_id, "write"))]
+    if kind == "read":
+        gates.append(breakers.get((int(of), "read")))
+    if Gate.SHUT in gates:
+        return 0
+    most = [room.files_left(("write", str(key.target_id))), room.files_left(("activity", key.activity))]
+    if kind:
+        most.append(room.files_left((kind, of)))
+    if Gate.PROBE in gates:
+        most.append(1)
+    return min((each for each in most if each is not None), default=None)
+
+
+def _windows(open_: list[tuple[lanes.Key, int | None]], turns: Shares, limit: int) -> list[tuple[lanes.Key, int]]:
+    """How many of each lane are read: what its activity may get, shared among its lanes."""
+    count = Counter(key.activity for key, _ in open_)
+    whole = sum(turns.weight(activity) for activity in count)
+    windows = []
+    for key, most in open_:
+        window = limit
+        if len(count) > 1:
+            window = min(window, math.ceil(READ_AHEAD * limit * turns.weight(key.activity) / whole) + READ_MORE)
+        if count[key.activity] > 1:
+            window = min(window, math.ceil(READ_AHEAD * window / count[key.activity]) + READ_MORE)
+        windows.append((key, window if most is None else min(window, most)))
+    return windows
+
+
+def _hand_out(
+    s: Session, claim: wire.Claim, heads: Heads, world: _World, lease_seconds: float
+) -> tuple[list[wire.Order], bool]:
+    """What goes, and whether more is waiting that could go."""
+    given: list[tuple[wire.Order, int | None]] = []
+    impossible: list[tuple[int, str, str]] = []
+    waits: list[tuple[int, str]] = []
+    left = claim.limit_bytes
+    more = False
+    while (lane := heads.next()) is not None:
+        assert lane.head is not None
+        row = lane.head[3]
+        if len(given) >= claim.limit or (left is not None and given and row.size_bytes > left):
+            more = True
+            break
+        if _shut(lane, row, world):
+            heads.held_up()
+            continue
+        decided = _order(row, world)
+        if isinstance(decided, str):
+            impossible.append((row.id, _obstacle(row, world), decided))
+            heads.passed()
+            continue
+        if isinstance(decided, _Waits):
+            if decided.key == lane.waits_for:
+                heads.held_up()
+            else:
+                waits.append((row.id, decided.key))
+                heads.passed()
+            continue
+        order, source_id = decided
+        _take(s, row, source_id, world)
+        given.append((order, source_id))
+        left = None if left is None else left - row.size_bytes
+        heads.took()
+    _lease(s, given, claim.worker, lease_seconds)
+    _put_back(s, impossible)
+    _send_to_lanes(s, waits)
+    breakers_.probe(s, world.probes)
+    return [order for order, _ in given], more or heads.stopped or bool(waits)
+
+
+def _shut(lane: Lane, row: sa.Row[Any], world: _World) -> bool:
+    """Nothing of this lane can go any more, whatever its source."""
+    if world.breakers.get((row.target_id, "write")) is Gate.SHUT:
+        return True
+    keys = [("write", str(row.target_id)), ("activity", lane.activity)]
+    return world.room.first_to_refuse(keys, row.size_bytes) is not None
+
+
+def _take(s: Session, row: sa.Row[Any], source_id: int | None, world: _World) -> None:
+    account_id = world.account.get(row.rule_id)
+    world.room.take(limits.keys_of(row.target_id, source_id, row.activity, account_id), row.size_bytes)
+    ends = [(row.target_id, "write"), *([] if source_id is None else [(source_id, "read")])]
+    for end in ends:
+        if world.breakers.get(end) is Gate.PROBE:
+            world.breakers[end] = Gate.SHUT
+            world.probes.append((*end, row.id, row.epoch + 1))
 
 
 def heartbeat(s: Session, site_id: int, beat: wire.Heartbeat, *, lease_seconds: float) -> wire.HeartbeatAnswer:
@@ -146,101 +286,40 @@ def heartbeat(s: Session, site_id: int, beat: wire.Heartbeat, *, lease_seconds: 
     return wire.HeartbeatAnswer(lease_seconds=lease_seconds, stop=stop)
 
 
-def _put_aside(s: Session, site_id: int) -> None:
-    """What goes to an endpoint that is not written to now would only stand in the way of the rest."""
-    closed = (
-        sa.select(transfers.c.id)
-        .join(endpoints, endpoints.c.id == transfers.c.target_id)
-        .where(
-            transfers.c.site_id == site_id,
-            transfers.c.state == literal(TransferState.QUEUED),
-            endpoints.c.site_id == site_id,
-            endpoints.c.writable.is_(False),
-            sa.or_(transfers.c.not_before.is_(None), transfers.c.not_before <= s.now),
-        )
-        .order_by(transfers.c.id)
-        .limit(PUT_ASIDE_MAX)
+def _look(
+    s: Session,
+    rows: Sequence[sa.Row[Any]],
+    place: dict[int, sa.Row[Any]],
+    room: Room,
+    breakers: dict[tuple[int, str], Gate],
+) -> _World:
+    asked_by = sorted({row.rule_id for row in rows if row.rule_id is not None})
+    asked = s.execute(
+        sa.select(rules.c.id, rules.c.account_id, rules.c.source_expression).where(rules.c.id.in_(asked_by))
     )
-    held = closed.with_for_update(of=transfers, skip_locked=True, key_share=True) if s.postgresql else closed
-    s.execute(
-        transfers.update()
-        .where(
-            transfers.c.id.in_(held),
-            sa.exists(sa.select(1).where(endpoints.c.site_id == site_id, endpoints.c.writable.is_(False))),
-        )
-        .values(
-            not_before=s.now + timedelta(seconds=PUT_ASIDE_SECONDS),
-            reason_code="writing_off",
-            reason="writing is off at the target",
-        )
-    )
-
-
-def queue(s: Session, site_id: int, limit: int) -> sa.Select[Any]:
-    """The head of a site's queue. The index ix_transfers_queue has it in this order."""
-    target = alias_of(endpoints, "target")
-    query = (
-        sa.select(
-            transfers.c.id,
-            transfers.c.epoch,
-            transfers.c.file_id,
-            transfers.c.target_id,
-            transfers.c.rule_id,
-            transfers.c.attempts,
-            transfers.c.size_bytes,
-        )
-        .join(target, target.c.id == transfers.c.target_id)
-        .where(
-            transfers.c.site_id == site_id,
-            transfers.c.state == literal(TransferState.QUEUED),
-            target.c.writable,
-            sa.or_(
-                transfers.c.not_before.is_(None),
-                transfers.c.not_before <= s.now,
-                transfers.c.reason_code == "writing_off",  # it is on again
-            ),
-        )
-        .order_by(transfers.c.priority.desc(), transfers.c.id)
-        .limit(limit)
-    )
-    return query.with_for_update(of=transfers, skip_locked=True, key_share=True) if s.postgresql else query
-
-
-def _take(s: Session, site_id: int, claim: wire.Claim) -> tuple[Sequence[sa.Row[Any]], bool]:
-    rows = s.execute(queue(s, site_id, claim.limit + 1)).all()
-    taken = 0
-    room = claim.limit_bytes
-    for row in rows[: claim.limit]:
-        if room is not None:
-            room -= row.size_bytes
-            if room < 0 and taken:
-                break
-        taken += 1
-    return rows[:taken], taken < len(rows)
-
-
-def _look(s: Session, rows: Sequence[sa.Row[Any]]) -> _World:
+    wishes = asked.all() if asked_by else []
+    limited = [wish for wish in wishes if wish.source_expression is not None]
+    known = endpoints_.values(s, place.values(), with_attributes=bool(limited))
     world = _World(
-        endpoint={e.id: e for e in endpoints_.snapshot(s)},
-        place={row.id: row for row in s.execute(sa.select(endpoints.c.id, endpoints.c.url, endpoints.c.layout))},
+        endpoint={e.id: e for e in known},
+        place=place,
         links=endpoints_.links(s),
+        room=room,
+        breakers=breakers,
+        account={wish.id: wish.account_id for wish in wishes},
     )
     _look_at_files(s, rows, world)
     before = [row.id for row in rows if row.epoch]
     if before:
         _look_at_failures(s, before, world)
-    if asked_by := sorted({row.rule_id for row in rows if row.rule_id is not None}):
-        _look_at_limits(s, asked_by, world)
+    _look_at_limits(limited, world)
     world.taken = _taken(s, rows, world)
     return world
 
 
-def _look_at_limits(s: Session, asked_by: Sequence[int], world: _World) -> None:
+def _look_at_limits(limited: Sequence[sa.Row[Any]], world: _World) -> None:
     """Rules that do not allow every endpoint as a source."""
-    limits = sa.select(rules.c.id, rules.c.source_expression).where(
-        rules.c.id.in_(asked_by), rules.c.source_expression.is_not(None)
-    )
-    for rule in s.execute(limits):
+    for rule in limited:
         try:
             chosen = expressions.select(rule.source_expression, world.endpoint.values())
         except ReplicaError:
@@ -359,23 +438,57 @@ def _with_paths(s: Session, endpoint_ids: set[int]) -> set[int]:
     )
 
 
-def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
-    """The order for one transfer, or why there is no source for it."""
-    transfer_id, epoch, file_id, target_id, rule_id, tried, size = tuple(row)
-    there = world.replicas.get(file_id, {})
-    at_target = there.get(target_id)
+@dataclass(frozen=True, slots=True)
+class _Waits:
+    """For room under a limit, or for an endpoint that has failed."""
+
+    key: str
+
+
+def _order(row: sa.Row[Any], world: _World) -> tuple[wire.Order, int | None] | _Waits | str:
+    """The order for one transfer and the source that it counts at; what it waits for; or why there is no source."""
+    there = world.replicas.get(row.file_id, {})
+    at_target = there.get(row.target_id)
     if at_target is None:
         return "its replica is not in the catalogue"  # cannot be; the next evaluation of its rule makes it
-    target = world.endpoint[target_id]
+    target = world.endpoint[row.target_id]
     if at_target.deleting:
         return "it is being deleted there at this moment, and is copied again after that"
-    if (other := world.taken.get(transfer_id)) is not None:
+    if (other := world.taken.get(row.id)) is not None:
         return f"its path at {target.name} is that of {other}"
-    ranked = _ranked(transfer_id, rule_id, target, there, world)
+    account_id = world.account.get(row.rule_id)
+    if account_id is not None and world.room.first_to_refuse([("account", str(account_id))], row.size_bytes):
+        return _Waits(f"account:{account_id}")
+    ranked = _ranked(row.id, row.rule_id, target, there, world)
     if not ranked and at_target.verified:
-        known = _sources(transfer_id, rule_id, there, world)
+        known = _sources(row.id, row.rule_id, there, world)
         return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
-    file, place = world.files[file_id], world.place
+    named = _with_room(row, ranked, world)
+    if isinstance(named, _Waits):
+        return named
+    return _written(row, there, named, world), named[0].endpoint.id if named else None
+
+
+def _with_room(row: sa.Row[Any], ranked: Sequence[Source], world: _World) -> list[Source] | _Waits:
+    """The source that the order is made for, and others to go on with, which nothing limits."""
+    usable: list[Source] = []
+    waits: str | None = None
+    for source in ranked:
+        id_ = source.endpoint.id
+        gate = world.breakers.get((id_, "read"))
+        keys = limits.source_keys(id_, row.target_id)
+        refused = ("read", str(id_)) if gate is Gate.SHUT else world.room.first_to_refuse(keys, row.size_bytes)
+        if refused is not None:
+            waits = waits or ":".join(refused)
+        elif gate is Gate.PROBE:
+            return [source]
+        elif not usable or not any(map(world.room.has_limit, keys)):
+            usable.append(source)
+    return usable[:SOURCES_MAX] if usable or waits is None else _Waits(waits)
+
+
+def _written(row: sa.Row[Any], there: dict[int, _Copy], sources: Sequence[Source], world: _World) -> wire.Order:
+    file, place = world.files[row.file_id], world.place
     did = file.did
     paths: dict[str, str] = {}
 
@@ -388,23 +501,23 @@ def _order(row: sa.Row[Any], world: _World) -> wire.Order | str:
         return paths[layout]
 
     return wire.Order(
-        transfer=transfer_id,
-        epoch=epoch + 1,
+        transfer=row.id,
+        epoch=row.epoch + 1,
         did=str(did),
-        size=size,
+        size=row.size_bytes,
         checksums=file.checksums,
-        target_endpoint=target.name,
-        target_url=place[target_id].url,
-        target_path=path_at(target_id),
+        target_endpoint=place[row.target_id].name,
+        target_url=place[row.target_id].url,
+        target_path=path_at(row.target_id),
         sources=[
             wire.OrderSource(
                 endpoint=source.endpoint.name,
                 url=place[source.endpoint.id].url,
                 path=path_at(source.endpoint.id),
             )
-            for source in ranked
+            for source in sources
         ],
-        attempt=tried + 1,
+        attempt=row.attempts + 1,
     )
 
 
@@ -413,11 +526,11 @@ def _ranked(
 ) -> tuple[Source, ...]:
     """The copies to read from, best first."""
     if transfer_id in world.failed or rule_id in world.allowed:
-        return rank(_sources(transfer_id, rule_id, there, world), target, world.links)[:SOURCES_MAX]
+        return rank(_sources(transfer_id, rule_id, there, world), target, world.links)
     key = (target.id, tuple((endpoint_id, copy.verified) for endpoint_id, copy in there.items() if copy.good))
     ranked = world.ranked.get(key)
     if ranked is None:
-        ranked = rank(_sources(transfer_id, rule_id, there, world), target, world.links)[:SOURCES_MAX]
+        ranked = rank(_sources(transfer_id, rule_id, there, world), target, world.links)
         world.ranked[key] = ranked
     return ranked
 
@@ -447,10 +560,11 @@ def _obstacle(row: sa.Row[Any], world: _World) -> str:
     return "path_taken" if row.id in world.taken else "no_source"
 
 
-def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) -> None:
-    if not ids:
+def _lease(s: Session, given: Sequence[tuple[wire.Order, int | None]], worker: str, lease_seconds: float) -> None:
+    if not given:
         return
-    batch = ids_of(s, "leased", ids)
+    columns: Columns = {"id": sa.BigInteger(), "reads_id": sa.BigInteger()}
+    batch = columns_of(s, "leased", columns, [[order.transfer for order, _ in given], [source for _, source in given]])
     s.execute(
         transfers.update()
         .where(transfers.c.id == batch.c.id)
@@ -464,8 +578,17 @@ def _lease(s: Session, ids: Sequence[int], worker: str, lease_seconds: float) ->
             not_before=None,
             reason_code=None,
             reason=None,
+            waits_for="",
+            reads_id=batch.c.reads_id,
         )
     )
+
+
+def _send_to_lanes(s: Session, waits: Sequence[tuple[int, str]]) -> None:
+    """What was found to wait for something stands in the way of nothing else, and is looked at when that is there."""
+    if waits:
+        batch = rows_of(s, "waiting_for", {"id": sa.BigInteger(), "key": sa.String()}, waits)
+        s.execute(transfers.update().where(transfers.c.id == batch.c.id).values(waits_for=batch.c.key))
 
 
 def _put_back(s: Session, impossible: Sequence[tuple[int, str, str]]) -> None:
@@ -477,5 +600,5 @@ def _put_back(s: Session, impossible: Sequence[tuple[int, str, str]]) -> None:
     s.execute(
         transfers.update()
         .where(transfers.c.id == batch.c.id)
-        .values(not_before=batch.c.not_before, reason_code=batch.c.code, reason=batch.c.reason)
+        .values(not_before=batch.c.not_before, reason_code=batch.c.code, reason=batch.c.reason, waits_for="")
     )

@@ -20,7 +20,7 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import guards, locks, outbox, provision, reasons, rule_transfers, traffic
+from replica.catalog import breakers, guards, limits, locks, outbox, provision, reasons, rule_transfers, traffic
 from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
 from replica.catalog.membership import Unguessed, any_of, covering, is_wished, literal, of_pair, walk_by_index
 from replica.catalog.provision import PAIR
@@ -377,7 +377,9 @@ def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
     if s.postgresql and not touched <= held:
         raise _ItChanged
     settle(s, touched)
-    traffic.add(s, endings)  # last: all reports about a link wait for it
+    limits.wake_waiting(s)
+    traffic.add(s, endings)  # late: all reports about a link wait for it
+    breakers.learn(s, endings)  # last
 
 
 def _keep_attempts(s: Session, endings: list[_Ending]) -> None:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import cursors, dids, guards, provision, reasons, sites
 from replica.catalog.bulk import rows_of
+from replica.catalog.holdups import Holdups
 from replica.catalog.membership import Computed, closure_of, covering, files_of, units
 from replica.catalog.orders import claim, heartbeat
 from replica.catalog.outcomes import expire_leases, report
@@ -39,7 +40,7 @@ def get(s: Session, transfer_id: int) -> wire.Transfer:
     row = s.execute(_select().where(transfers.c.id == transfer_id)).one_or_none()
     if row is None:
         raise _missing(transfer_id)
-    return _transfer(row)
+    return _transfer(row, Holdups(s))
 
 
 def list_page(
@@ -74,7 +75,8 @@ def list_page(
         query = query.where(transfers.c.site_id == sites.site_id(s, site))
     if after := cursors.unpack(cursor):
         query = query.where(transfers.c.id > after[0])
-    return cursors.page(s.execute(query).all(), limit, _transfer, lambda row: (row.id,))
+    holdups = Holdups(s)
+    return cursors.page(s.execute(query).all(), limit, lambda row: _transfer(row, holdups), lambda row: (row.id,))
 
 
 def cancel(s: Session, transfer_id: int) -> wire.Transfer:
@@ -194,6 +196,7 @@ def _select() -> sa.Select[Any]:
             scopes.c.name.label("did_scope"),
             source.c.name.label("source"),
             target.c.name.label("target"),
+            target.c.writable.label("target_writable"),
         )
         .join_from(transfers, dids_table, dids_table.c.id == transfers.c.file_id)
         .join(scopes, scopes.c.id == dids_table.c.scope_id)
@@ -202,7 +205,13 @@ def _select() -> sa.Select[Any]:
     )
 
 
-def _transfer(row: sa.Row[Any]) -> wire.Transfer:
+def _transfer(row: sa.Row[Any], holdups: Holdups) -> wire.Transfer:
+    reason, not_before = row.reason, row.not_before
+    if row.state is TransferState.QUEUED and not_before is None:
+        if not row.target_writable:
+            reason = "writing is off at the target"
+        elif (holdup := holdups.of(row.target_id, row.activity, row.waits_for)) is not None:
+            reason, not_before = holdup.message, holdup.next_at
     return wire.Transfer(
         id=row.id,
         did=f"{row.did_scope}:{row.did_name}",
@@ -214,9 +223,9 @@ def _transfer(row: sa.Row[Any]) -> wire.Transfer:
         activity=row.activity,
         bytes=row.size_bytes,
         bytes_done=row.bytes_done,
-        reason=row.reason,
+        reason=reason,
         created_at=row.created_at,
-        not_before=row.not_before,
+        not_before=not_before,
         finished_at=row.finished_at,
     )
 

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import locks as locks_
 from replica.catalog import rule_views
+from replica.catalog.holdups import Holdup, Holdups
 from replica.catalog.membership import Unguessed, any_of, by_index, literal, of_pair
 from replica.catalog.provision import IN_VAIN, LIVE
 from replica.catalog.rule_transfers import SUSPENDED, open_pairs
@@ -68,6 +69,7 @@ class Group:
     writable: bool = True
     closed_because: str = ""
     closed_since: datetime | None = None
+    holdup: Holdup | None = None
 
 
 def groups(s: Session, rule_id: int) -> list[Group]:
@@ -94,6 +96,8 @@ def groups(s: Session, rule_id: int) -> list[Group]:
             sa.func.max(transfers.c.attempts).label("attempts"),
             sa.func.min(transfers.c.id).label("first_id"),
             sa.func.max(transfers.c.priority).label("priority"),
+            transfers.c.waits_for,
+            transfers.c.activity,
         )
         .select_from(pairs)
         .join(files, files.c.did_id == pairs.c.file_id)
@@ -107,7 +111,10 @@ def groups(s: Session, rule_id: int) -> list[Group]:
             ),
         )
         .where(sa.or_(replicas.c.state.is_(None), Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE))))
-        .group_by(transfers.c.state, transfers.c.reason_code, sa.text("failed"), pairs.c.endpoint_id)
+        .group_by(
+            *(transfers.c.state, transfers.c.reason_code, sa.text("failed"), pairs.c.endpoint_id),
+            *(transfers.c.waits_for, transfers.c.activity),
+        )
     )
     with by_index(s):
         rows = s.execute(query).all()
@@ -115,11 +122,13 @@ def groups(s: Session, rule_id: int) -> list[Group]:
         row.id: row
         for row in s.execute(sa.select(endpoints).where(endpoints.c.id.in_(sorted({row.endpoint_id for row in rows}))))
     }
-    found = [_group(row, places[row.endpoint_id]) for row in rows]
+    holdups = Holdups(s)
+    found = [_group(row, places[row.endpoint_id], holdups) for row in rows]
     return sorted(found, key=lambda g: (g.state.value if g.state else 99, g.target, g.code or "", g.failed))
 
 
-def _group(row: sa.Row[Any], place: sa.Row[Any]) -> Group:
+def _group(row: sa.Row[Any], place: sa.Row[Any], holdups: Holdups) -> Group:
+    queued = row.state is TransferState.QUEUED and row.not_before is None
     return Group(
         state=row.state,
         code=row.reason_code,
@@ -139,6 +148,7 @@ def _group(row: sa.Row[Any], place: sa.Row[Any]) -> Group:
         writable=place.writable,
         closed_because=place.status_reason,
         closed_since=place.status_since,
+        holdup=holdups.of(place.id, row.activity, row.waits_for) if queued else None,
     )
 
 
@@ -260,7 +270,7 @@ def _refuses(reason: wire.Reason) -> bool:
 
 
 def _moves(group: Group) -> bool:
-    return group.code is None and group.writable
+    return group.code is None and group.writable and group.holdup is None
 
 
 def _of_group(
@@ -269,7 +279,7 @@ def _of_group(
     what, message, then, next_at, hint = _told(s, rule, row, g, ahead.get(g.target_id))
     return wire.Waiting(
         what=what,
-        code=g.code or "",
+        code=g.holdup.code if g.holdup is not None else g.code or "",
         endpoint=g.target,
         files=g.files,
         bytes=g.bytes,
@@ -311,6 +321,8 @@ def _told(
             None,
             (HELPS["writing_off"]),
         )
+    if g.holdup is not None:
+        return "held", g.holdup.message, "it goes on by itself", g.holdup.next_at, g.holdup.hint
     if g.code is None:
         site = f"a worker of {g.target}"
         if ahead is None:

@@ -291,8 +291,19 @@ def _print(found: Any) -> None:
             ("at once", found.delete_at_once),
             ("grace", f"{found.grace_seconds} s"),
             ("budget", _budget(found)),
+            *[("left alone", _breaker(each)) for each in found.breakers],
         ],
     )
+
+
+def _breaker(breaker: Any) -> str:
+    """What is not read or written for now, and why."""
+    when = "one transfer tries it now"
+    if breaker.probe_at is not None:
+        when = f"tried again at {breaker.probe_at:%H:%M:%S} UTC"
+    done = "reading" if breaker.direction == "read" else "writing"
+    since = f"since {breaker.since:%Y-%m-%d %H:%M:%S} UTC ({breaker.why})"
+    return f"{done}, {since}: {breaker.message}; {when}; {breaker.hint}"
 
 
 def _budget(found: Any) -> str:

@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Lazy] = {
     "usage": Lazy(PLACES, "quotas:usage", "What accounts hold where, now and over time."),
     "site": Lazy(PLACES, "sites:site", "Sites: places with storage and a worker."),
     "endpoint": Lazy(PLACES, "endpoints:endpoint", "Endpoints: the storage at a site."),
+    "limit": Lazy(PLACES, "limits:limit", "Limits on what is in flight at once, and shares of it."),
     "scope": Lazy(DATA, "scopes:scope", "Scopes: the first half of every DID."),
     "did": Lazy(DATA, "dids:did", "Files, datasets and containers."),
     "register": Lazy(DATA, "replicas:register", "Make files known that are at an endpoint already."),

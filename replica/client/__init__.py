@@ -23,6 +23,7 @@ from replica.client.dids import Dids
 from replica.client.endpoints import Endpoints
 from replica.client.events import Events
 from replica.client.http import TIMEOUT_SECONDS, SyncHttp
+from replica.client.limits import Limits
 from replica.client.orders import Orders
 from replica.client.quotas import Quotas, Usage
 from replica.client.replicas import Replicas
@@ -51,6 +52,7 @@ class Client:
         self.usage = Usage(self._http)
         self.sites = Sites(self._http)
         self.endpoints = Endpoints(self._http)
+        self.limits = Limits(self._http)
         self.scopes = Scopes(self._http)
         self.dids = Dids(self._http)
         self.replicas = Replicas(self._http)

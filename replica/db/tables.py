@@ -471,6 +471,8 @@ LIVE_TRANSFER = text(
     "state IN ({})".format(", ".join(str(s.value) for s in TransferState if s not in states.TRANSFER_TERMINAL))
 )
 QUEUED_TRANSFER = text(f"state = {TransferState.QUEUED.value}")
+READY_TRANSFER = text(f"state = {TransferState.QUEUED.value} AND not_before IS NULL")
+PARKED_TRANSFER = text(f"state = {TransferState.QUEUED.value} AND not_before IS NOT NULL")
 LEASED_TRANSFER = text(
     "state IN ({})".format(", ".join(str(s.value) for s in TransferState if s in states.TRANSFER_LEASED))
 )
@@ -498,6 +500,10 @@ transfers = Table(
     Column("reason", String(2_000)),
     Column("created_at", Instant, nullable=False),
     Column("finished_at", Instant),
+    # Of what is queued: the limit or the endpoint that it has been found to wait for, as `kind:key`; else empty.
+    Column("waits_for", String(80), nullable=False, server_default=""),
+    # Of what is leased: the source it reads from, as far as limits count it.
+    Column("reads_id", Id),
     # At most one live transfer for a file and target: the database itself forbids a second writer.
     Index(
         "uq_transfers_live",
@@ -507,7 +513,27 @@ transfers = Table(
         postgresql_where=LIVE_TRANSFER,
         sqlite_where=LIVE_TRANSFER,
     ),
-    # The claim reads this in order and stops at its limit, whatever the length of the queue.
+    # The claim goes from lane to lane and reads each of them in order, only as far as it hands out. What waits for a
+    # moment is not in it; what waits for the same thing is a lane of its own, passed over as a whole.
+    Index(
+        "ix_transfers_lanes",
+        "site_id",
+        "activity",
+        "target_id",
+        "waits_for",
+        text("(created_at - priority * 21600000000)"),  # see rules.shares.urgency
+        "id",
+        postgresql_where=READY_TRANSFER,
+        sqlite_where=READY_TRANSFER,
+    ),
+    Index(
+        "ix_transfers_parked",
+        "site_id",
+        "not_before",
+        postgresql_where=PARKED_TRANSFER,
+        sqlite_where=PARKED_TRANSFER,
+    ),
+    # What goes before a transfer is counted here.
     Index(
         "ix_transfers_queue",
         "site_id",
@@ -535,6 +561,51 @@ attempts = Table(
     Column("bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("seconds", Float, nullable=False, server_default=text("0")),
     Column("at", Instant, nullable=False),
+)
+
+limits = Table(
+    "limits",
+    metadata,
+    # How much may be in flight at once; what it is of, see rules.limits.
+    Column("kind", String(8), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("files_max", BigInteger),
+    Column("bytes_max", BigInteger),
+)
+
+activities = Table(
+    "activities",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("weight", Integer, nullable=False),  # an activity without a row has rules.shares.DEFAULT_WEIGHT
+)
+
+shares = Table(
+    "shares",
+    metadata,
+    # What an activity is owed of what a site's workers were handed out before; below zero: what it owes.
+    Column("site_id", Id, ForeignKey("sites.id"), primary_key=True, autoincrement=False),
+    Column("activity", String(64), primary_key=True),
+    Column("deficit", Float, nullable=False),
+)
+
+breakers = Table(
+    "breakers",
+    metadata,
+    # Of endpoints that failed lately, see rules.breakers; where there is no row nothing failed since the last success.
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("direction", String(8), primary_key=True),  # read | write
+    Column("state", String(16), nullable=False),  # closed | open | half_open
+    Column("failures", Integer, nullable=False),
+    Column("openings", Integer, nullable=False),
+    Column("last_transfer", BigInteger),
+    Column("why", String(16), nullable=False),
+    Column("message", String(2_000), nullable=False),
+    Column("since", Instant, nullable=False),
+    Column("probe_at", Instant),
+    # The claim that probes it; when that is over, however it ended, there is no probe.
+    Column("probe_transfer", BigInteger),
+    Column("probe_epoch", Integer),
 )
 
 LIVE_DELETION = text(
