@@ -54,6 +54,10 @@ class Room:
         self._limits = limits or {}
         self._loads = {key: (loads or {}).get(key) or Load() for key in self._limits}
 
+    def copy(self) -> Room:
+        """To try what would be taken."""
+        return Room(self._limits, {key: Load(load.files, load.bytes) for key, load in self._loads.items()})
+
     def has_limit(self, key: Key) -> bool:
         return key in self._limits
 

@@ -41,6 +41,10 @@ class Shares:
         self._weights = weights or {}
         self.deficits = dict(deficits or {})
 
+    def copy(self) -> Shares:
+        """To try whose turn it would be."""
+        return Shares(self._weights, self.deficits)
+
     def weight(self, activity: str) -> int:
         return max(1, self._weights.get(activity, DEFAULT_WEIGHT))
 

@@ -89,6 +89,8 @@ class _World:
     breakers: dict[tuple[int, str], Gate]
     #: (endpoint, direction, transfer, epoch): who tries what has failed
     probes: list[tuple[int, str, int, int]] = field(default_factory=list)
+    #: Transfers of which all this is known.
+    looked_at: set[int] = field(default_factory=set)
     #: rule → account
     account: dict[int | None, int] = field(default_factory=dict)
     files: dict[int, _File] = field(default_factory=dict)
@@ -121,7 +123,7 @@ def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) 
         open_ = [(key, most) for key in waiting if (most := _most(key, place, room, breakers)) != 0]
         if open_:
             read = lanes.heads(s, site_id, _windows(open_, turns, claim.limit + 1))
-            world = _look(s, [row for lane in read for *_, row in lane.rows], place, room, breakers)
+            world = _look(s, _likely(read, turns, room, claim), place, room, breakers)
             orders, more = _hand_out(s, claim, Heads(read, turns), world, lease_seconds)
             activities.keep(s, site_id, turns)
     sites.seen(s, site_id)
@@ -185,6 +187,26 @@ def _windows(open_: list[tuple[lanes.Key, int | None]], turns: Shares, limit: in
     return windows
 
 
+def _likely(read: Sequence[Lane], turns: Shares, room: Room, claim: wire.Claim) -> list[sa.Row[Any]]:
+    """What would go if all sources had room, and one more: of nothing else anything is asked."""
+    trial = [Lane(lane.activity, lane.target_id, lane.waits_for, lane.rows, lane.cut) for lane in read]
+    heads, room = Heads(trial, turns.copy()), room.copy()
+    rows: list[sa.Row[Any]] = []
+    left = claim.limit_bytes
+    while len(rows) <= claim.limit and (left is None or left >= 0) and (lane := heads.next()) is not None:
+        assert lane.head is not None
+        _, _, size, row = lane.head
+        keys = [("write", str(lane.target_id)), ("activity", lane.activity)]
+        if room.first_to_refuse(keys, size) is not None:
+            heads.held_up()
+            continue
+        room.take(keys, size)
+        rows.append(row)
+        left = None if left is None else left - size
+        heads.took()
+    return rows
+
+
 def _hand_out(
     s: Session, claim: wire.Claim, heads: Heads, world: _World, lease_seconds: float
 ) -> tuple[list[wire.Order], bool]:
@@ -203,6 +225,9 @@ def _hand_out(
         if _shut(lane, row, world):
             heads.held_up()
             continue
+        if row.id not in world.looked_at:  # others do not go that should have: the next claim looks at this one
+            more = True
+            break
         decided = _order(row, world)
         if isinstance(decided, str):
             impossible.append((row.id, _obstacle(row, world), decided))
@@ -307,6 +332,7 @@ def _look(
         room=room,
         breakers=breakers,
         account={wish.id: wish.account_id for wish in wishes},
+        looked_at={row.id for row in rows},
     )
     _look_at_files(s, rows, world)
     before = [row.id for row in rows if row.epoch]
