@@ -63,7 +63,7 @@ async def adopt(
             found = await target.stat(target_path)
             if found.size_bytes == expected.size_bytes:
                 control.phase = "verifying"
-                size, checksums = await _measure(target, target_path, algorithms, control)
+                size, checksums = await measure_by(target, target_path, algorithms, control)
                 if checksums.compare(expected.checksums) is Agreement.AGREE:
                     return Copied(size, checksums, True, time.perf_counter() - began, "read back")
             control.check()
@@ -84,10 +84,11 @@ async def measure(storage: Storage, path: str, *, control: Control | None = None
         return await run(
             partial(measure_local, storage, path, control=control), executor=COPYING, on_cancel=control.stop
         )
-    return await _measure(storage, path, (), control)
+    return await measure_by(storage, path, (), control)
 
 
-async def _measure(storage: Storage, path: str, algorithms: Sequence[str], control: Control) -> tuple[int, Checksums]:
+async def measure_by(storage: Storage, path: str, algorithms: Sequence[str], control: Control) -> tuple[int, Checksums]:
+    """`measure` through the contract, with further algorithms."""
     before = await storage.stat(path)
     hasher = Hasher(algorithms)
     async with closing(storage.read(path)) as pieces:

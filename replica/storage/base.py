@@ -13,13 +13,16 @@ one line to replica.storage.registry.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rules.errors import Invalid
 from rules.names import shown
+
+if TYPE_CHECKING:
+    import aiohttp
 
 #: Replica's own folder in the root of every endpoint. rules.names keeps the name free.
 OWN = ".replica"
@@ -291,4 +294,32 @@ class SupportsResume(Protocol):
         True: nobody can write into it any more. False: that is not known; it may be read from, and never be published.
         Not idempotent: SourceMissing if it is not there any more.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """One end of a copy between two storages, as its own storage describes it."""
+
+    #: Of the file: absolute, http or https, quoted; holds no secret and is never found by asking a server.
+    url: str
+    #: A pool of connections that trusts what the storage trusts; it belongs to the storage.
+    session: aiohttp.ClientSession = field(repr=False)
+    #: What opens the storage, read anew for each copy. The secrets in it were written down for this very storage.
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: Further hosts ("host" or "host:port") that the storage may send the worker on to, as its administrator wrote them
+    #: down. They belong to it, but `headers` are not for them.
+    may_redirect_to: frozenset[str] = frozenset()
+
+
+@runtime_checkable
+class SupportsThirdParty(Protocol):
+    """Bytes can go from here straight to another such storage, or come from one: HTTP COPY of the WLCG."""
+
+    async def party(self, path: str) -> Party:
+        """For a file, published or temporary. No effect, and nobody is asked."""
+        ...
+
+    async def told(self, path: str, algorithm: str) -> tuple[int, str | None]:
+        """Size, and `checksum` by that algorithm, in one question: for a file that has just arrived. SourceMissing."""
         ...

@@ -71,6 +71,7 @@ from replica.storage.judging import (
 from replica.storage.parts import Source
 from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
+from replica.storage.thirdparty import copy_between
 from replica.storage.threads import run
 from rules.checksums import Checksums
 from rules.errors import ReplicaError
@@ -149,6 +150,18 @@ async def copy_file(
     adopted = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
     if adopted is not None:
         return adopted
+    direct = await copy_between(
+        source,
+        source_path,
+        target,
+        target_path,
+        tag=tag,
+        expected=expected,
+        control=control,
+        before_publish=before_publish,
+    )
+    if direct is not None:
+        return direct
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
     try:
         algorithms = (*algorithms, *await servercopy.digests_of(target))

@@ -40,6 +40,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 import aiohttp
 from yarl import URL
 
+from replica.storage.base import Party
 from replica.storage.credentials import Settings, secret
 from replica.storage.faults import place
 from replica.storage.http_body import Body
@@ -247,6 +248,12 @@ class Http:
         """Within the storage: the only place its secrets are sent to."""
         split = urlsplit(url)
         return _origin(split) == self.origin and (split.path + "/").startswith(self.base_path + "/")
+
+    def party(self, url: str, path: str) -> Party:
+        """For a third-party copy, which replica.storage.thirdparty sends itself: one end of it, with its secrets."""
+        self._refuse_plain(url, path)
+        elsewhere = frozenset(host if port is None else f"{host}:{port}" for host, port in self._elsewhere)
+        return Party(url, self.pool().session, self._authorization(url, path), elsewhere)
 
     def _authorization(self, url: str, path: str) -> dict[str, str]:
         if not self.is_own(url):

@@ -48,6 +48,7 @@ from replica.storage.base import (
     QUARANTINE,
     SENTINEL,
     Entry,
+    Party,
     Piece,
     Space,
     Stat,
@@ -577,6 +578,10 @@ class WebdavStorage:
                 raise self.error(TargetExists, folder, "a file stands where a folder is needed")
         _remember(self._folders, folder, None)
         return True
+
+    async def party(self, path: str) -> Party:
+        self.names.check(check_readable(path))
+        return self.http.party(self.names.url(path), path)
 
     async def collect_parts(self, older_than_seconds: float) -> int:
         await self.present()
