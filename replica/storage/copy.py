@@ -30,6 +30,9 @@ What reading back proves on a POSIX target depends on `read_back`:
             where the proof would cost more than the copy: 0.3 to 0.5 of the speed of `cp` from the device, 0.65 to
             0.8 from the cache, on a disk about as fast as `cp` (tests/benchmarks/bench_copy.py).
 
+Two HTTP storages are asked to copy between themselves first (replica.storage.thirdparty): steps 2 to 4 are theirs then,
+the others stay ours, and where it does not work we go through all of them.
+
 Large files are read back and written out in windows, one thread writing while another proves. Where an interrupted
 copy shall be gone on with, or several sources are used at once, replica.storage.chunked takes the same steps.
 
@@ -147,9 +150,7 @@ async def copy_file(
             on_cancel=control.stop,
         )
     began = time.perf_counter()
-    adopted = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
-    if adopted is not None:
-        return adopted
+    # Looks itself at what has the name already.
     direct = await copy_between(
         source,
         source_path,
@@ -162,6 +163,9 @@ async def copy_file(
     )
     if direct is not None:
         return direct
+    adopted = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
+    if adopted is not None:
+        return adopted
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
     try:
         algorithms = (*algorithms, *await servercopy.digests_of(target))

@@ -46,10 +46,10 @@ import aiohttp
 from yarl import URL
 
 from replica.storage import faultpoints
-from replica.storage.adoption import measure_by, publish_proven
+from replica.storage.adoption import adopt_existing, measure_by, publish_proven
 from replica.storage.base import Party, Storage, SupportsThirdParty, part_path
 from replica.storage.faults import blaming, place
-from replica.storage.judging import Control, Copied, Expected, expect_size, needed
+from replica.storage.judging import Control, Copied, Expected, expect_size, needed, same_file
 from replica.storage.markers import Markers, Outcome, shown_reason
 from rules.checksums import Agreement, Checksum, Checksums
 from rules.errors import Busy, Invalid, NoSpace, ReplicaError, Side, SourceMissing, StorageError
@@ -58,6 +58,9 @@ from rules.errors import Busy, Invalid, NoSpace, ReplicaError, Side, SourceMissi
 AT_ONCE = 32
 #: A way that did not do is left out so long.
 REMEMBERED_SECONDS = 600.0
+#: Of a file up to this size the name is not looked at before it is copied: publishing sees what has it, and moving a
+#: few bytes in vain costs less than asking for each file, for a server like XRootD hangs up after each 404.
+NO_LOOK_BYTES_MAX = 1 << 20
 #: In a row, for a way that was accepted and failed later: a restarted server must not cost ten minutes of streaming.
 FAILURES_MAX = 3
 _PAIRS_MAX = 1_000
@@ -160,6 +163,12 @@ async def copy_between(
     if expected is None or not expected.checksums:
         return None
     began = time.perf_counter()
+    if source.url == target.url and source_path == target_path:
+        raise same_file(source, source_path)
+    if expected.size_bytes > NO_LOOK_BYTES_MAX:
+        there = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
+        if there is not None:
+            return there
     hosts = _host(source.url), _host(target.url)
     ways, asked_again = memory.ways(*hosts, time.monotonic()), False
     while ways:
@@ -170,6 +179,7 @@ async def copy_between(
         except _Failed as failure:
             control.bytes_done, control.phase = 0, "moving"
             if failure.wrong_bytes:
+                memory.failed(*hosts, way, time.monotonic(), refused=False)
                 return None
             if failure.unanswered and not asked_again:
                 asked_again = True
@@ -389,28 +399,33 @@ class _Attempt:
         """What the target has now is what the catalogue knows; the checksums that were compared, and how."""
         with blaming("target"):
             self.control.check()
-            try:
-                found = await self.target.stat(self.part)
-            except SourceMissing:
-                raise _Failed("nothing arrived") from None
-            if found.size_bytes != self.expected.size_bytes:
-                raise _Failed(f"{found.size_bytes} bytes arrived, not {self.expected.size_bytes}")
             for known in self.expected.checksums:
                 if known.algorithm in _OURS_ALONE:
                     continue
-                answered = await self.target.checksum(self.part, known.algorithm)
-                if answered is None:
-                    continue
+                size_bytes, answered = await self._told(known.algorithm)
+                if size_bytes != self.expected.size_bytes:
+                    raise _Failed(f"{size_bytes} bytes arrived, not {self.expected.size_bytes}")
                 with suppress(Invalid):  # what is no value of this algorithm is no answer
+                    if answered is None:
+                        continue
                     if Checksum(known.algorithm, answered) != known:
                         reason = f"{known.algorithm} is {answered[:80]}, not {known.value}"
                         raise _Failed(reason, wrong_bytes=True)
                     return Checksums((known,)), f"digest {known.algorithm}"
             size_bytes, checksums = await measure_by(self.target, self.part, needed(self.expected), self.control)
+        if size_bytes != self.expected.size_bytes:
+            raise _Failed(f"{size_bytes} bytes arrived, not {self.expected.size_bytes}")
         right = checksums.compare(self.expected.checksums) is Agreement.AGREE
-        if not right or size_bytes != self.expected.size_bytes:
+        if not right:
             raise _Failed("what was read back is not what the catalogue knows", wrong_bytes=True)
         return checksums, "read back"
+
+    async def _told(self, algorithm: str) -> tuple[int, str | None]:
+        assert isinstance(self.target, SupportsThirdParty)
+        try:
+            return await self.target.told(self.part, algorithm)
+        except SourceMissing:
+            raise _Failed("nothing arrived") from None
 
 
 class _NoFolder(_Failed):

@@ -345,6 +345,18 @@ class WebdavStorage:
             return None
         if path in self._written and (wanted is None or algorithm in self._no_digest):
             return None
+        _, answer = await self._head(path, algorithm)
+        if wanted and answer is None and path in self._written:
+            self._no_digest.add(algorithm)
+        return answer
+
+    async def told(self, path: str, algorithm: str) -> tuple[int, str | None]:
+        self.names.check(check_readable(path))
+        size_bytes, answer = await self._head(path, algorithm)
+        return (await self.stat(path)).size_bytes if size_bytes is None else size_bytes, answer
+
+    async def _head(self, path: str, algorithm: str) -> tuple[int | None, str | None]:
+        wanted = WANTED.get(algorithm)
         headers = {"Want-Digest": wanted[0], "Want-Repr-Digest": f"{wanted[1]}=10"} if wanted else {}
         seconds = self.http.timeouts.digest if wanted else None
         async with self.http.request("HEAD", self.names.url(path), path, headers=headers, seconds=seconds) as response:
@@ -354,10 +366,7 @@ class WebdavStorage:
             await self.http.check(response, path, 200)
             told = response.headers
             found = digests(",".join(told.getall("Digest", [])), ",".join(told.getall("Repr-Digest", [])))
-        answer = found.get(algorithm)
-        if wanted and answer is None and path in self._written:
-            self._no_digest.add(algorithm)
-        return answer
+            return response.content_length, found.get(algorithm)
 
     # ── changing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

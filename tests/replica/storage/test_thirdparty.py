@@ -280,9 +280,14 @@ def _party_at(url: str, storage: WebdavStorage) -> Callable[[str], Awaitable[Par
 async def test_fault_4_an_existing_good_file_is_never_the_target_of_a_copy(place: Place) -> None:
     """It would be emptied. What has the name is looked at first, and a copy never carries that name."""
     place.two.put("data/y/g", CONTENT)
-    (place.one.data / "data/x/f").unlink()
     assert (await place.copy()).adopted
-    assert place.pulls.copies == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thirdparty, "NO_LOOK_BYTES_MAX", 0)  # a large file is not even copied
+        assert (await place.copy()).adopted
+    (place.one.data / "data/x/f").unlink()
+    assert (await place.copy()).adopted  # nor is the source needed
+    assert place.published == CONTENT
+    assert {path.rpartition("/")[0] for path in place.pulls.paths} == {f"data/{PARTS}"}
     # Somebody is faster, between our look and our move: his bytes stay.
     place.one.put("data/x/f", CONTENT)
     (place.two.data / "data/y/g").unlink()
