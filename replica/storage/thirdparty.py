@@ -39,6 +39,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import urljoin, urlsplit
 from weakref import WeakKeyDictionary
 
@@ -165,10 +166,10 @@ async def copy_between(
     began = time.perf_counter()
     if source.url == target.url and source_path == target_path:
         raise same_file(source, source_path)
-    if expected.size_bytes > NO_LOOK_BYTES_MAX:
-        there = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
-        if there is not None:
-            return there
+    looked = expected.size_bytes > NO_LOOK_BYTES_MAX
+    look = partial(adopt_existing, source, source_path, target, target_path, expected, control, before_publish)
+    if looked and (there := await look()) is not None:
+        return there
     hosts = _host(source.url), _host(target.url)
     ways, asked_again = memory.ways(*hosts, time.monotonic()), False
     while ways:
@@ -184,6 +185,10 @@ async def copy_between(
             if failure.unanswered and not asked_again:
                 asked_again = True
                 continue
+            # What lies there already needs no source, and no reason why it cannot be copied.
+            if not looked and (there := await look()) is not None:
+                return there
+            looked = True
             await copy.explain()
             ways.remove(way)
             memory.failed(*hosts, way, time.monotonic(), refused=failure.refused)
