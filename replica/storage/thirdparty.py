@@ -57,6 +57,8 @@ from rules.errors import Busy, Invalid, NoSpace, ReplicaError, Side, SourceMissi
 
 #: Copies that one active host is asked for at a time, by this process.
 AT_ONCE = 32
+#: Questions for a digest that one host is asked at a time: XRootD lets one too many (its own limit is 4) wait 30 s.
+DIGESTS_AT_ONCE = 2
 #: A way that did not do is left out so long.
 REMEMBERED_SECONDS = 600.0
 #: Of a file up to this size the name is not looked at before it is copied: publishing sees what has it, and moving a
@@ -222,7 +224,7 @@ class _Attempt:
         asked = published = False
         try:
             active, passive = await self._parties()
-            async with _turn(active.url, self.control, self.patience.tick_seconds):
+            async with _turn(active.url, AT_ONCE, self.control, self.patience.tick_seconds):
                 asked = True
                 outcome = await self._ask(active, passive)
             if outcome.kind == "failure":
@@ -428,7 +430,8 @@ class _Attempt:
     async def _told(self, algorithm: str) -> tuple[int, str | None]:
         assert isinstance(self.target, SupportsThirdParty)
         try:
-            return await self.target.told(self.part, algorithm)
+            async with _turn(self.target.url, DIGESTS_AT_ONCE, self.control, self.patience.tick_seconds):
+                return await self.target.told(self.part, algorithm)
         except SourceMissing:
             raise _Failed("nothing arrived") from None
 
@@ -521,14 +524,14 @@ async def _make_folders(target: Party, storage: Storage) -> None:
 
 _MKCOL_TIMEOUT = aiohttp.ClientTimeout(total=60)
 
-_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, int], asyncio.Semaphore]] = WeakKeyDictionary()
 
 
 @asynccontextmanager
-async def _turn(url: str, control: Control, tick_seconds: float) -> AsyncIterator[None]:
-    """One of the copies that this host is asked for at a time."""
+async def _turn(url: str, at_once: int, control: Control, tick_seconds: float) -> AsyncIterator[None]:
+    """One of the copies, or of the digests, that this host is asked for at a time."""
     hosts = _turns.setdefault(asyncio.get_running_loop(), {})
-    turn = hosts.setdefault(_host(url), asyncio.Semaphore(AT_ONCE))
+    turn = hosts.setdefault((_host(url), at_once), asyncio.Semaphore(at_once))
     if turn.locked():
         waiting = asyncio.create_task(turn.acquire())
         try:
