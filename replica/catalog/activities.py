@@ -18,7 +18,7 @@ from replica.catalog.bulk import Columns, insert, rows_of
 from replica.db.engine import Session
 from replica.db.tables import activities
 from replica.db.tables import shares as shares_table
-from rules.errors import Invalid
+from rules.names import check_word
 from rules.shares import Shares
 
 
@@ -48,11 +48,10 @@ def keep(s: Session, site_id: int, shares: Shares) -> None:
 
 
 def set_weight(s: Session, new: wire.NewActivity) -> wire.Activity:
-    if not new.name.strip():
-        raise Invalid("an activity without a name", hint="name it as rules do", field="name")
-    upsert = insert(s, activities).values(name=new.name, weight=new.weight)
+    name = check_word(new.name, "an activity")
+    upsert = insert(s, activities).values(name=name, weight=new.weight)
     s.execute(upsert.on_conflict_do_update(index_elements=["name"], set_={"weight": new.weight}))
-    return wire.Activity(name=new.name, weight=new.weight)
+    return wire.Activity(name=name, weight=new.weight)
 
 
 def list_all(s: Session) -> wire.Activities:

@@ -50,7 +50,7 @@ from functools import partial
 
 from replica.storage import faultpoints, servercopy
 from replica.storage.adoption import adopt, adopt_existing, measure, publish_proven
-from replica.storage.base import Piece, Storage, part_path
+from replica.storage.base import Piece, Storage, SupportsThirdParty, part_path
 from replica.storage.chunked import copy_chunked, resumable
 from replica.storage.chunks import Lineage
 from replica.storage.copy_local import LocalCopy, copy_local, copy_local_batch, measure_local
@@ -74,7 +74,6 @@ from replica.storage.judging import (
 from replica.storage.parts import Source
 from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
-from replica.storage.thirdparty import copy_between
 from replica.storage.threads import run
 from rules.checksums import Checksums
 from rules.errors import ReplicaError
@@ -150,19 +149,22 @@ async def copy_file(
             on_cancel=control.stop,
         )
     began = time.perf_counter()
-    # Looks itself at what has the name already.
-    direct = await copy_between(
-        source,
-        source_path,
-        target,
-        target_path,
-        tag=tag,
-        expected=expected,
-        control=control,
-        before_publish=before_publish,
-    )
-    if direct is not None:
-        return direct
+    if isinstance(source, SupportsThirdParty) and isinstance(target, SupportsThirdParty):
+        from replica.storage.thirdparty import copy_between  # heavy, and few need it
+
+        # Looks itself at what has the name already.
+        direct = await copy_between(
+            source,
+            source_path,
+            target,
+            target_path,
+            tag=tag,
+            expected=expected,
+            control=control,
+            before_publish=before_publish,
+        )
+        if direct is not None:
+            return direct
     adopted = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
     if adopted is not None:
         return adopted

@@ -36,7 +36,8 @@ class Expected:
 @dataclass(frozen=True, slots=True)
 class Copied:
     size_bytes: int
-    checksums: Checksums  #: xxh3_128 and adler32 of the bytes, always
+    #: xxh3_128 and adler32 of the bytes; where servers copied between themselves only what was compared.
+    checksums: Checksums
     adopted: bool  #: the target already held these bytes: verified, not written
     seconds: float
     verified_by: str  #: "read back", or "digest <algorithm>" if the target answered one

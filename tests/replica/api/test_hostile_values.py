@@ -129,6 +129,14 @@ GOOD: dict[str, dict[str, Any]] = {
     "PATCH /api/v1/webhooks/{webhook}": {"enabled": True, "from_now": False},
     "POST /api/v1/accounts": {"name": "new", "role": "user"},
     "POST /api/v1/quotas": {"account": "root", "expression": "kind=disk", "limit_bytes": 10**15},
+    "PATCH /api/v1/limits": {
+        "kind": "link",
+        "of": "DESY-DISK",
+        "source": "GSI-DISK",
+        "files_max": 2,
+        "bytes_max": None,
+    },
+    "PATCH /api/v1/activities": {"name": "user", "weight": 3},
     "PATCH /api/v1/links": {"source": "GSI-DISK", "target": "DESY-DISK", "distance": 2, "allowed": True},
     "PATCH /api/v1/rules/{rule}": {
         "copies": 1,

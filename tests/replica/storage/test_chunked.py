@@ -515,7 +515,8 @@ async def test_of_many_who_take_over_one_gets_it(places):
         return await target.storage.take_over(old, part_path(f"17-2-{n}"))
 
     outcomes = await asyncio.gather(*map(one, range(8)), return_exceptions=True)
-    assert outcomes.count(True) == 1
+    # Not always True: who came too late may have held the lock for a moment, and then it is not known.
+    assert sum(isinstance(o, bool) for o in outcomes) == 1
     assert sum(isinstance(o, SourceMissing) for o in outcomes) == 7
     assert len(target.parts()) == 1
 
