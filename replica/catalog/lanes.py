@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica.catalog.bulk import Columns, rows_of
-from replica.catalog.membership import literal
+from replica.catalog.membership import Unguessed, literal
 from replica.db.engine import Session
 from replica.db.tables import transfers
 from rules.lanes import Lane
@@ -150,10 +150,12 @@ def heads_query(s: Session, site_id: int, wanted: Sequence[tuple[Key, int]]) -> 
         .limit(batch.c.most)
         .lateral("heads")
     )
+    # Each by its number: it might think a lane's index as good, and read all of the lane for each.
+    still = Unguessed(sa.and_(t.c.state == literal(TransferState.QUEUED), t.c.not_before.is_(None)))
     return (
         sa.select(*columns)
         .select_from(batch.join(head, sa.true()).join(t, t.c.id == head.c.id))
-        .where(t.c.state == literal(TransferState.QUEUED), t.c.not_before.is_(None))
+        .where(still)
         .with_for_update(of=transfers, skip_locked=True, key_share=True)
     )
 

@@ -203,10 +203,10 @@ class Bench:
             self.world.delete(rule)
 
     def two_sites(self, size: int) -> None:
-        """The same copies at two sites, which both let them go at the same time."""
-        dataset = self.dataset()
-        self.register(size, "DESY-DISK", "of_two_sites", dataset)
+        """Copies at two sites, which both let them go at the same time."""
         for site in ("HZDR", "GSI"):
+            dataset = self.dataset()
+            self.register(size, "DESY-DISK", "of_two_sites", dataset)
             rule = self.world.rule(dataset, f"{site}-DISK", purge=True)
             evaluate_all(self.db)
             self.carry_out(site, "of_two_sites_")
