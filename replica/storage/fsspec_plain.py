@@ -30,7 +30,6 @@ Partner   replica.storage.registry, which does not let it near `file` and `memor
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import time
@@ -57,15 +56,15 @@ from replica.storage.base import (
 )
 from replica.storage.credentials import Settings, secret
 from replica.storage.faults import from_os_error, place
+from replica.storage.refusals import being_published, exists_already, not_all_kept
+from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
 from replica.storage.threads import run
 from rules.errors import (
-    Busy,
     Forbidden,
     Refused,
     ReplicaError,
     Side,
     SourceMissing,
-    TargetExists,
     Transient,
     Unreachable,
 )
@@ -166,16 +165,10 @@ class FsspecStorage:
         with _told(self.name, SENTINEL):
             self.fs.makedirs(self._at(PARTS), exist_ok=True)
             self._try_exclusive()
-            text = json.dumps({"endpoint": self.name, "id": secrets.token_hex(16)}) + "\n"
             try:
-                self._put(SENTINEL, text.encode())
+                self._put(SENTINEL, sentinel_of(self.name))
             except FileExistsError:
-                owner = self._owner()
-                if owner and self.name and owner != self.name:
-                    raise Refused(
-                        f"{self.url} belongs to the endpoint {owner}",
-                        hint=f"choose another folder, or remove {SENTINEL} there if {owner} is gone for good",
-                    ) from None
+                refuse_anothers(self._owner(), self.name, self.url)
 
     def _try_exclusive(self) -> None:
         trial = f"{PARTS}/trial.{secrets.token_hex(8)}"
@@ -199,10 +192,8 @@ class FsspecStorage:
             file.write(content)
 
     def _owner(self) -> str:
-        with suppress(ValueError), self.fs.open(self._at(SENTINEL), "rb") as file:
-            known = json.loads(file.read(10_000))
-            return str(known.get("endpoint", "")) if isinstance(known, dict) else ""
-        return ""
+        with self.fs.open(self._at(SENTINEL), "rb") as file:
+            return owner_in(file.read(SENTINEL_BYTES_MAX)) or ""
 
     def _reach(self) -> None:
         """Unreachable, if the folder is not the endpoint's: the disk behind it is not mounted, or is another's."""
@@ -217,7 +208,7 @@ class FsspecStorage:
             except (FileNotFoundError, NotADirectoryError):
                 what = SENTINEL if self._declared else "its folder"
                 raise self._gone(f"{what} is not there; its disk is perhaps not mounted") from None
-        if owner and self.name and owner != self.name:
+        if is_anothers(owner, self.name):
             raise self._gone(f"it belongs to the endpoint {owner}")
         self._owner_seen = True
 
@@ -364,12 +355,7 @@ class FsspecStorage:
             file.close()
             kept = self.fs.info(self._at(temporary))["size"]
         if kept != written:
-            raise Transient(
-                f"{place(self.name, temporary)} has {kept} bytes after {written} were written",
-                endpoint=self.name,
-                path=temporary,
-                side="target",
-            )
+            raise not_all_kept(self.name, temporary, kept_bytes=kept, written_bytes=written)
 
     async def publish(self, temporary: str, final: str) -> None:
         await _in_thread(partial(self._publish, check_part(temporary), check_path(final)))
@@ -402,26 +388,13 @@ class FsspecStorage:
                 found = self.fs.info(self._at(final))
                 # A claim that is being written has not got all of its text.
                 if not self._is_claim(final, found) and (found["size"] or time.monotonic() > deadline):
-                    raise TargetExists(
-                        f"{place(self.name, final)} exists already", endpoint=self.name, path=final, side="target"
-                    )
+                    raise exists_already(self.name, final)
                 # By the server's clock alone: our temporary was written so long after the claim was made.
                 if found["size"] and written_ns - _mtime_ns(found) > CLAIM_STALE_SECONDS * 10**9:
                     self._take_away_claim(final)
                 elif time.monotonic() > deadline:
-                    raise self._being_published(final)
+                    raise being_published(self.name, final, CLAIM_STALE_SECONDS)
             time.sleep(_CLAIM_LOOK_SECONDS)
-
-    def _being_published(self, final: str) -> Busy:
-        busy = Busy(
-            f"{place(self.name, final)} is being published by another worker, or was by one that died",
-            hint=f"tried again by itself; such a claim is given up after {CLAIM_STALE_SECONDS} s",
-            endpoint=self.name,
-            path=final,
-            side="target",
-        )
-        busy.retry_after_seconds = CLAIM_STALE_SECONDS
-        return busy
 
     def _take_away_claim(self, final: str) -> None:
         """By a rename first: should a file have come in the claim's place meanwhile, it is in quarantine, not lost."""

@@ -32,9 +32,9 @@ from replica.storage.base import (
 )
 from replica.storage.faults import place
 from replica.storage.hashing import Hasher
+from replica.storage.refusals import exists_already, no_room
 from rules.checksums import ALWAYS
-from rules.errors import NoSpace, SourceMissing, TargetExists, Transient, Unreachable
-from rules.quantities import human_bytes
+from rules.errors import SourceMissing, Transient, Unreachable
 
 _PIECE_BYTES = 1 << 20
 _versions = itertools.count(1)
@@ -146,7 +146,7 @@ class MemoryStorage:
         check_part(temporary)
         store = self._reach()
         if temporary in store.files:
-            raise TargetExists(f"{place(self.name, temporary)} exists already", endpoint=self.name, path=temporary)
+            raise exists_already(self.name, temporary, "unknown")
         self._fit(store, temporary, size_bytes or 0)
         store.files[temporary] = _File(b"")
         content = bytearray()
@@ -158,13 +158,7 @@ class MemoryStorage:
     def _fit(self, store: Behind, path: str, size_bytes: int) -> None:
         free = _free(store)
         if free is not None and size_bytes > free:
-            raise NoSpace(
-                f"{self.name or self.url} has {human_bytes(free)} free, and {human_bytes(size_bytes)} are to come",
-                hint="free space there, or move data elsewhere",
-                endpoint=self.name,
-                path=path,
-                side="target",
-            )
+            raise no_room(self.name, self.name or self.url, path, free_bytes=free, size_bytes=size_bytes)
 
     async def publish(self, temporary: str, final: str) -> None:
         check_part(temporary)
@@ -172,9 +166,7 @@ class MemoryStorage:
         store = self._reach()
         with store.lock:
             if final in store.files:
-                raise TargetExists(
-                    f"{place(self.name, final)} exists already", endpoint=self.name, path=final, side="target"
-                )
+                raise exists_already(self.name, final)
             self._file(temporary)
             store.files[final] = store.files.pop(temporary)
 
@@ -220,7 +212,7 @@ class MemoryStorage:
         check_part(temporary)
         store = self._reach()
         if temporary in store.files:
-            raise TargetExists(f"{place(self.name, temporary)} exists already", endpoint=self.name, path=temporary)
+            raise exists_already(self.name, temporary, "unknown")
         self._fit(store, temporary, size_bytes)
         store.files[temporary] = _File(b"")
 

@@ -31,7 +31,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
@@ -58,17 +57,18 @@ from replica.storage.base import (
 )
 from replica.storage.credentials import Settings
 from replica.storage.faults import place
+from replica.storage.refusals import exists_already
 from replica.storage.s3_abilities import Abilities
 from replica.storage.s3_multipart import COPY_BYTES_MAX, Parts, abort, copy_in_parts, in_base64, upload
 from replica.storage.s3_publish import FLAG_SECONDS_MAX, FLAGS, MARK, Publisher, Raised, Written
 from replica.storage.s3_wire import Answer, Server, Wire, quoted, text_of, when
+from replica.storage.sentinel import owner_in, refuse_anothers, sentinel_of
 from rules.errors import (
     Invalid,
     Refused,
     SourceChanged,
     SourceMissing,
     StorageError,
-    TargetExists,
     Transient,
     Unreachable,
 )
@@ -126,20 +126,19 @@ class S3Storage:
 
     async def prepare(self) -> None:
         await self._refuse_nesting()
-        text = json.dumps({"endpoint": self.name, "id": secrets.token_hex(16)}) + "\n"
         known = await self._sentinel()
         if known is None:
             # The condition matters where two prepare one prefix; servers that ignore it are asked again below.
             await self._wire.call(
-                "PUT", self._key(SENTINEL), path=SENTINEL, headers=_NEW, body=text.encode(), returned=(409, 412)
+                "PUT",
+                self._key(SENTINEL),
+                path=SENTINEL,
+                headers=_NEW,
+                body=sentinel_of(self.name),
+                returned=(409, 412),
             )
             known = await self._sentinel() or ""
-        owner = _owner(known)
-        if owner and self.name and owner != self.name:
-            raise Refused(
-                f"{self.url} belongs to the endpoint {owner}",
-                hint=f"choose another prefix, or remove {SENTINEL} there if {owner} is gone for good",
-            )
+        refuse_anothers(owner_in(known), self.name, self.url, what="prefix")
         await self._abilities()
 
     async def _refuse_nesting(self) -> None:
@@ -265,7 +264,7 @@ class S3Storage:
         key = self._key(check_part(temporary))
         able = await self._abilities()
         if not (able.put_new and able.complete_new) and await self._look(key) is not None:
-            raise self._exists(temporary)
+            raise exists_already(self.name, temporary)
         headers = {MARK: secrets.token_hex(16)}
         parts = Parts(chunks, size_bytes, checked=able.checksums)
         first = await parts.next()
@@ -291,7 +290,7 @@ class S3Storage:
             there = await self._look(key)
             # Ours: the connection broke after the PUT, and the request was sent again.
             if there is None or there.mark != headers[MARK]:
-                raise self._exists(temporary)
+                raise exists_already(self.name, temporary)
 
     async def publish(self, temporary: str, final: str) -> None:
         key = self._key(check_part(temporary))
@@ -311,7 +310,7 @@ class S3Storage:
         key = self._key(check_part(temporary))
         await self._abilities()
         if await self._look(key) is not None:
-            raise self._exists(temporary)
+            raise exists_already(self.name, temporary)
         answer = await source._head(path)
         if source._stat_of(answer, path) != expected:
             raise _changed(source.name, path)
@@ -503,9 +502,6 @@ class S3Storage:
                 raise self._odd(beginning, "the server's listing is cut off and cannot be continued")
             after = following
 
-    def _exists(self, path: str) -> TargetExists:
-        return TargetExists(f"{place(self.name, path)} exists already", endpoint=self.name, path=path, side="target")
-
     def _odd(self, path: str, reason: str) -> Transient:
         return Transient(f"{place(self.name, path)}: {reason}", endpoint=self.name, path=path)
 
@@ -521,14 +517,6 @@ def _range(answer: Answer) -> tuple[int, int | None, int | None]:
             return int(first), int(last) + 1, int(whole) if whole.isdecimal() else None
     size = int(length) if length.isdecimal() else None
     return 0, size, size
-
-
-def _owner(known: str) -> str:
-    with suppress(ValueError):
-        read = json.loads(known)
-        if isinstance(read, dict):
-            return str(read.get("endpoint", ""))
-    return ""
 
 
 def _changed(name: str, path: str) -> SourceChanged:

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 
 from replica.storage.base import OWN
 from replica.storage.faults import place
+from replica.storage.refusals import exists_already
 from replica.storage.s3_abilities import Abilities
 from replica.storage.s3_multipart import COPY_BYTES_MAX, copy_in_parts
 from replica.storage.s3_wire import Answer, Wire, quoted
@@ -45,7 +46,6 @@ from rules.errors import (
     Permanent,
     ReplicaError,
     SourceChanged,
-    TargetExists,
     TimedOut,
     Transient,
 )
@@ -110,7 +110,7 @@ class Publisher:
                 if there is not None:
                     if written.mark and there.mark == written.mark:
                         return  # our own copy, whose answer was lost
-                    raise self._exists(path)
+                    raise exists_already(self._wire.name, path)
                 still_raised()
                 try:
                     async with asyncio.timeout(_COPY_SECONDS_MAX):
@@ -144,7 +144,7 @@ class Publisher:
                 there = await self._look(final)
                 # Ours already: the connection broke after the copy, and the request was sent again.
                 if there is None or there.mark != written.mark or not written.mark:
-                    raise self._exists(path)
+                    raise exists_already(self._wire.name, path)
 
         await self._settle(written, final, path, copied)
 
@@ -198,7 +198,7 @@ class Publisher:
                 path=path,
             )
         if written.mark and there.mark and there.mark != written.mark:
-            raise self._exists(path)
+            raise exists_already(self._wire.name, path)
         if lost is not None and (not there.mark or there.mark != written.mark):
             raise lost  # nothing tells whose this is: whoever comes next compares the bytes
         if there.size_bytes != written.size_bytes or (
@@ -273,11 +273,6 @@ class Publisher:
                 else:
                     others.append(flag)
         return others
-
-    def _exists(self, path: str) -> TargetExists:
-        return TargetExists(
-            f"{place(self._wire.name, path)} exists already", endpoint=self._wire.name, path=path, side="target"
-        )
 
 
 def _changed(name: str, path: str) -> SourceChanged:

@@ -39,7 +39,6 @@ are never on the way in one channel, so one file gets at most 2 MiB for each rou
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections import deque
@@ -66,6 +65,8 @@ from replica.storage.base import (
 )
 from replica.storage.credentials import Settings
 from replica.storage.faults import place
+from replica.storage.refusals import no_room
+from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
 from replica.storage.sftp_faults import Unexplained
 from replica.storage.ssh import Connections, Handle, Session
 from rules.errors import (
@@ -162,27 +163,18 @@ class SftpStorage:
                 await session.mkdir(folder, _shown(folder))
 
     async def _claim(self, session: Session) -> None:
-        text = json.dumps({"endpoint": self.name, "id": secrets.token_hex(16)}) + "\n"
         if await self._lstat(session, SENTINEL) is not None:
             owner = await self._owner(session)
-            if owner and self.name and owner != self.name:
-                raise Refused(
-                    f"{self._folder} belongs to the endpoint {owner}",
-                    hint=f"choose another folder, or remove {self._folder}/{SENTINEL} if {owner} is gone for good",
-                )
+            refuse_anothers(owner, self.name, self._folder, file=f"{self._folder}/{SENTINEL}")
             return
         async with session.open(self._real(session, SENTINEL), "xb", SENTINEL) as handle:
-            await handle.write(0, text.encode())
+            await handle.write(0, sentinel_of(self.name))
             await handle.sync()
         await self._sync(session, OWN)
 
     async def _owner(self, session: Session) -> str:
-        with suppress(ValueError):
-            async with session.open(self._real(session, SENTINEL), "rb", SENTINEL) as handle:
-                known = json.loads(await handle.read(0, 10_000))
-            if isinstance(known, dict):
-                return str(known.get("endpoint", ""))
-        return ""
+        async with session.open(self._real(session, SENTINEL), "rb", SENTINEL) as handle:
+            return owner_in(await handle.read(0, SENTINEL_BYTES_MAX)) or ""
 
     async def _try_publishing(self, session: Session) -> None:
         """Is there a file system behind it that can publish without replacing? FAT and some others cannot."""
@@ -286,7 +278,7 @@ class SftpStorage:
         if seen == self._seen or not self.name:
             return
         owner = await self._owner(session)
-        if owner and owner != self.name:
+        if is_anothers(owner, self.name):
             raise self._unreachable(f"{self._folder} belongs to the endpoint {owner}")
         self._seen = seen
 
@@ -412,13 +404,7 @@ class SftpStorage:
     async def _fit(self, session: Session, temporary: str, size_bytes: int | None) -> None:
         space = await self._space(session) if size_bytes is not None else None
         if space is not None and size_bytes is not None and size_bytes > space.free_bytes:
-            raise NoSpace(
-                f"{self.label} has {human_bytes(space.free_bytes)} free, and {human_bytes(size_bytes)} are to come",
-                hint="free space there, or move data elsewhere",
-                endpoint=self.name,
-                path=temporary,
-                side="target",
-            )
+            raise no_room(self.name, self.label, temporary, free_bytes=space.free_bytes, size_bytes=size_bytes)
 
     @asynccontextmanager
     async def _new(self, session: Session, temporary: str) -> AsyncIterator[Handle]:

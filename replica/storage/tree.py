@@ -13,7 +13,6 @@ Every verb opens the root anew and looks for the sentinel: some 6 µs, for which
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import stat as mode_of
@@ -37,8 +36,9 @@ from replica.storage.base import (
 )
 from replica.storage.beneath import open_beneath, open_folder, rename_no_replace
 from replica.storage.faults import from_os_error, place, translated
-from rules.errors import Forbidden, NoSpace, Refused, SourceChanged, TargetExists, Unreachable
-from rules.quantities import human_bytes
+from replica.storage.refusals import exists_already, no_room
+from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
+from rules.errors import Forbidden, Refused, SourceChanged, Unreachable
 
 #: Opening must never block on a FIFO nor give the process a terminal.
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
@@ -83,7 +83,7 @@ class Tree:
             return
         with translated(self.name, SENTINEL), _closing_descriptor(open_folder(root, OWN)) as own:
             owner = _owner(own)
-        if owner and owner != self.name:
+        if is_anothers(owner, self.name):
             raise self._unreachable(f"{self.path} belongs to the endpoint {owner}")
         self._seen = seen
 
@@ -117,19 +117,13 @@ class Tree:
                 os.close(descriptor)
 
     def _claim(self, own: int, root: Path) -> None:
-        text = json.dumps({"endpoint": self.name, "id": secrets.token_hex(16)}) + "\n"
         try:
             written = os.open("endpoint", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=own)
         except FileExistsError:
-            owner = _owner(own)
-            if owner and self.name and owner != self.name:
-                raise Refused(
-                    f"{root} belongs to the endpoint {owner}",
-                    hint=f"choose another folder, or remove {root}/{SENTINEL} if {owner} is gone for good",
-                ) from None
+            refuse_anothers(_owner(own), self.name, str(root), file=f"{root}/{SENTINEL}")
             return
-        with os.fdopen(written, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(written, "wb") as file:
+            file.write(sentinel_of(self.name))
             file.flush()
             os.fsync(file.fileno())
         os.fsync(own)
@@ -227,13 +221,7 @@ class Tree:
                 found = os.fstatvfs(root)
                 free = found.f_frsize * found.f_bavail
                 if size_bytes > free:
-                    raise NoSpace(
-                        f"{self.label} has {human_bytes(free)} free, and {human_bytes(size_bytes)} are to come",
-                        hint="free space there, or move data elsewhere",
-                        endpoint=self.name,
-                        path=part,
-                        side="target",
-                    )
+                    raise no_room(self.name, self.label, part, free_bytes=free, size_bytes=size_bytes)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             try:
                 return open_beneath(root, part, flags)
@@ -258,12 +246,7 @@ class Tree:
                     rename_no_replace(parts, part.rpartition("/")[2], folder, name)
                 except FileExistsError:
                     os.close(folder)
-                    raise TargetExists(
-                        f"{place(self.name, final)} exists already",
-                        endpoint=self.name,
-                        path=final,
-                        side="target",
-                    ) from None
+                    raise exists_already(self.name, final) from None
                 except BaseException:
                     os.close(folder)
                     raise
@@ -399,12 +382,10 @@ def _drop_twins(root: int, found: os.stat_result) -> None:
 
 
 def _owner(own: int) -> str:
-    with suppress(OSError, ValueError):
+    with suppress(OSError):
         descriptor = os.open("endpoint", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=own)
-        with os.fdopen(descriptor, encoding="utf-8") as file:
-            known = json.loads(file.read(10_000))
-        if isinstance(known, dict):
-            return str(known.get("endpoint", ""))
+        with os.fdopen(descriptor, "rb") as file:
+            return owner_in(file.read(SENTINEL_BYTES_MAX)) or ""
     return ""
 
 

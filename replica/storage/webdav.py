@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -64,11 +63,12 @@ from replica.storage.http_body import SMALL_BYTES, Body, pieces_of, spooled, who
 from replica.storage.http_ranges import Range, Wrong
 from replica.storage.http_session import Http, Timeouts
 from replica.storage.multistatus import QUESTION, QUOTA_QUESTION, Found, Multistatus, NotMultistatus, mtime_ns
+from replica.storage.refusals import no_room
+from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
 from replica.storage.webdav_claims import CLAIMS, Claims, Held
 from replica.storage.webdav_names import Names
 from rules.errors import (
     Forbidden,
-    NoSpace,
     Permanent,
     Refused,
     SourceMissing,
@@ -78,9 +78,7 @@ from rules.errors import (
     Transient,
     Unreachable,
 )
-from rules.quantities import human_bytes
 
-_SENTINEL_BYTES_MAX = 4096
 #: Less than this in `Timeouts.between` seconds of waiting is a server that drips.
 _DRIP_BYTES = 1 << 16
 #: For a file at least this large the server's quota is looked at before the first byte.
@@ -121,15 +119,10 @@ class WebdavStorage:
             await self.make_folder(folder)
         owner = await self._owner()
         if owner is None:
-            mark = {"endpoint": self.name, "id": secrets.token_hex(16)}
             with suppress(TargetExists):  # somebody prepares it at the same time
-                await self.put_small(SENTINEL, (json.dumps(mark) + "\n").encode(), fresh=True)
+                await self.put_small(SENTINEL, sentinel_of(self.name), fresh=True)
             owner = await self._owner()
-        if owner and self.name and owner != self.name:
-            raise Refused(
-                f"{self.url} belongs to the endpoint {owner}",
-                hint=f"choose another folder, or remove {SENTINEL} there if {owner} is gone for good",
-            )
+        refuse_anothers(owner, self.name, self.url)
 
     async def _refuse_nested(self) -> None:
         """Two endpoints on one disk would count one copy twice. What we may not read is not looked at."""
@@ -139,7 +132,7 @@ class WebdavStorage:
             root = self.http.base.removesuffix(self.http.base_path) + above
             try:
                 async with self.http.request("GET", f"{root}/{SENTINEL}", SENTINEL) as response:
-                    found = response.status == 200 and _owner_in(await response.content.read(_SENTINEL_BYTES_MAX))
+                    found = response.status == 200 and owner_in(await response.content.read(SENTINEL_BYTES_MAX))
             except StorageError:
                 continue
             if isinstance(found, str):
@@ -171,7 +164,7 @@ class WebdavStorage:
             return error
         if owner is None:
             return self._unreachable(f"there is no {SENTINEL}: its disk is perhaps not mounted at the server")
-        if owner and self.name and owner != self.name:
+        if is_anothers(owner, self.name):
             return self._unreachable(f"it belongs to the endpoint {owner}")
         return None
 
@@ -181,7 +174,7 @@ class WebdavStorage:
             if response.status in (404, 410):
                 return None
             await self.http.check(response, SENTINEL, 200)
-            owner = _owner_in(await response.content.read(_SENTINEL_BYTES_MAX))
+            owner = owner_in(await response.content.read(SENTINEL_BYTES_MAX))
         if owner is None:
             raise self._unreachable(f"what is sent as {SENTINEL} is something else: is this a page of a proxy?")
         return owner
@@ -445,13 +438,13 @@ class WebdavStorage:
             return
         space = await self.space()
         if space is not None and size_bytes > space.free_bytes:
-            raise NoSpace(
-                f"{self.name or self.url} has {human_bytes(space.free_bytes)} free, "
-                f"and {human_bytes(size_bytes)} are to come",
+            raise no_room(
+                self.name,
+                self.name or self.url,
+                temporary,
+                free_bytes=space.free_bytes,
+                size_bytes=size_bytes,
                 hint="free space there, raise the quota, or move data elsewhere",
-                endpoint=self.name,
-                path=temporary,
-                side="target",
             )
 
     async def publish(self, temporary: str, final: str) -> None:
@@ -632,16 +625,6 @@ async def _one_byte() -> AsyncIterator[Piece]:
 
 
 _BYTES = {"Content-Type": "application/octet-stream"}
-
-
-def _owner_in(content: bytes) -> str | None:
-    """The endpoint a sentinel names, empty if it had no name; None: this is no sentinel."""
-    try:
-        mark = json.loads(content)
-    except ValueError:
-        return None
-    owner = mark.get("endpoint") if isinstance(mark, dict) else None
-    return owner if isinstance(owner, str) else None
 
 
 def _remember(memory: dict[str, V], key: str, value: V) -> None:

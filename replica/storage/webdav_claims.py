@@ -25,6 +25,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from replica.storage.base import OWN
+from replica.storage.faults import place
 from rules.errors import Busy, StorageError, TargetExists, Transient
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Claims:
                 if holder is None:
                     raise refusal
                 busy = Busy(
-                    f"{storage.exists(final).message.removesuffix(' exists already')}: somebody else publishes there",
+                    f"{place(storage.name, final)}: somebody else publishes there",
                     hint="if that process died, its claim ends in five minutes",
                     endpoint=storage.name,
                     path=final,

@@ -31,7 +31,6 @@ Partner   replica.storage.xrootd_calls asks the server; the calls block, so they
 from __future__ import annotations
 
 import errno
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -55,23 +54,20 @@ from replica.storage.base import (
     check_readable,
 )
 from replica.storage.faults import place, translated
+from replica.storage.refusals import being_published, exists_already, no_room, not_all_kept
+from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
 from replica.storage.threads import run
 from replica.storage.xrootd_calls import Found, Server
 from rules.checksums import DIGITS
 from rules.errors import (
-    Busy,
     Forbidden,
     Invalid,
-    NoSpace,
     Refused,
     SourceMissing,
     StorageError,
-    TargetExists,
-    Transient,
     Unreachable,
 )
 from rules.names import shown
-from rules.quantities import human_bytes
 
 #: What is sent or asked for in one request.
 PIECE_BYTES = 8 << 20
@@ -124,16 +120,10 @@ class XRootDStorage:
                         hint="choose a folder outside of it; endpoints cannot be nested",
                     )
             self.server.make_folders(self._beneath(PARTS))
-            text = json.dumps({"endpoint": self.name, "id": secrets.token_hex(16)}) + "\n"
             try:
-                self._put(SENTINEL, text.encode())
+                self._put(SENTINEL, sentinel_of(self.name))
             except FileExistsError:
-                owner = self._owner()
-                if owner and self.name and owner != self.name:
-                    raise Refused(
-                        f"{self.root or '/'} belongs to the endpoint {owner}",
-                        hint=f"choose another folder, or remove {SENTINEL} there if {owner} is gone for good",
-                    ) from None
+                refuse_anothers(self._owner(), self.name, self.root or "/")
 
     def _put(self, path: str, content: bytes) -> None:
         file = self.server.create(self._at(path))
@@ -146,10 +136,7 @@ class XRootDStorage:
     def _owner(self) -> str:
         file = self.server.open(self._at(SENTINEL))
         try:
-            known = json.loads(self.server.read(file, 0, 10_000))
-            return str(known.get("endpoint", "")) if isinstance(known, dict) else ""
-        except ValueError:
-            return ""
+            return owner_in(self.server.read(file, 0, SENTINEL_BYTES_MAX)) or ""
         finally:
             self.server.close(file)
 
@@ -162,7 +149,7 @@ class XRootDStorage:
             owner = self._owner()
         except (FileNotFoundError, NotADirectoryError):
             raise self._gone(f"{self.root or '/'} has no file {SENTINEL}; its disk is perhaps not mounted") from None
-        if owner and self.name and owner != self.name:
+        if is_anothers(owner, self.name):
             raise self._gone(f"{self.root or '/'} belongs to the endpoint {owner}")
         self._seen = f"{found.identity}-{found.mtime_ns}"
 
@@ -334,14 +321,8 @@ class XRootDStorage:
         self._reach()
         space = self._space() if size_bytes else None
         if space is not None and size_bytes is not None and size_bytes > space.free_bytes:
-            raise NoSpace(
-                f"{self.name or self.url} has {human_bytes(space.free_bytes)} free, "
-                f"and {human_bytes(size_bytes)} are to come",
-                hint="free space there, or move data elsewhere",
-                endpoint=self.name,
-                path=temporary,
-                side="target",
-            )
+            label = self.name or self.url
+            raise no_room(self.name, label, temporary, free_bytes=space.free_bytes, size_bytes=size_bytes)
         with translated(self.name, temporary, "target"):
             return self.server.create(where)
 
@@ -358,12 +339,7 @@ class XRootDStorage:
             self.server.close(file)
             kept = self.server.stat(where).size_bytes
         if kept != written:
-            raise Transient(
-                f"{place(self.name, temporary)} has {kept} bytes after {written} were written",
-                endpoint=self.name,
-                path=temporary,
-                side="target",
-            )
+            raise not_all_kept(self.name, temporary, kept_bytes=kept, written_bytes=written)
 
     async def publish(self, temporary: str, final: str) -> None:
         part, where = self._at(check_part(temporary)), self._at(check_path(final))
@@ -398,25 +374,12 @@ class XRootDStorage:
             with suppress(FileNotFoundError):
                 found = self.server.stat(where)
                 if not _is_claim(found):
-                    raise TargetExists(
-                        f"{place(self.name, final)} exists already", endpoint=self.name, path=final, side="target"
-                    )
+                    raise exists_already(self.name, final)
                 if written_ns - found.mtime_ns > CLAIM_STALE_SECONDS * 10**9:
                     self._take_away_claim(where)
             if time.monotonic() > deadline:
-                raise self._being_published(final)
+                raise being_published(self.name, final, CLAIM_STALE_SECONDS)
             time.sleep(_CLAIM_LOOK_SECONDS)
-
-    def _being_published(self, final: str) -> Busy:
-        busy = Busy(
-            f"{place(self.name, final)} is being published by another worker, or was by one that died",
-            hint=f"tried again by itself; such a claim is given up after {CLAIM_STALE_SECONDS} s",
-            endpoint=self.name,
-            path=final,
-            side="target",
-        )
-        busy.retry_after_seconds = CLAIM_STALE_SECONDS
-        return busy
 
     def _take_away_claim(self, where: str) -> None:
         """By a rename first: should a file have come in the claim's place meanwhile, it is in quarantine, not lost."""
