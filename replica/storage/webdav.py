@@ -36,7 +36,7 @@ import copy
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import TypeVar
 
 import aiohttp
@@ -68,6 +68,7 @@ from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, 
 from replica.storage.webdav_claims import CLAIMS, Claims, Held
 from replica.storage.webdav_names import Names
 from rules.errors import (
+    Busy,
     Forbidden,
     Permanent,
     Refused,
@@ -79,6 +80,8 @@ from rules.errors import (
     Unreachable,
 )
 
+#: How long is waited before another try at what is locked.
+_LOCKED_PAUSES = (0.05, 0.2, 1.0)
 #: Less than this in `Timeouts.between` seconds of waiting is a server that drips.
 _DRIP_BYTES = 1 << 16
 #: For a file at least this large the server's quota is looked at before the first byte.
@@ -119,10 +122,22 @@ class WebdavStorage:
             await self.make_folder(folder)
         owner = await self._owner()
         if owner is None:
-            with suppress(TargetExists):  # somebody prepares it at the same time
-                await self.put_small(SENTINEL, sentinel_of(self.name), fresh=True)
+            await self._leave_sentinel()
             owner = await self._owner()
         refuse_anothers(owner, self.name, self.url)
+
+    async def _leave_sentinel(self) -> None:
+        """XRootD now and then answers "locked" for a moment after somebody has looked for the file."""
+        for pause in (*_LOCKED_PAUSES, None):
+            try:
+                return await self.put_small(SENTINEL, sentinel_of(self.name), fresh=True)
+            except TargetExists:
+                return None  # somebody prepares it at the same time
+            except Busy:
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+        return None
 
     async def _refuse_nested(self) -> None:
         """Two endpoints on one disk would count one copy twice. What we may not read is not looked at."""
