@@ -55,7 +55,7 @@ from replica.storage.chunked import copy_chunked, resumable
 from replica.storage.chunks import Lineage
 from replica.storage.copy_local import LocalCopy, copy_local, copy_local_batch, measure_local
 from replica.storage.faults import blaming
-from replica.storage.hashing import Hasher
+from replica.storage.hashing import Fingerprint, Hasher
 from replica.storage.judging import (
     COPYING,
     Control,
@@ -233,7 +233,7 @@ async def _prove(target: Storage, part: str, hasher: Hasher, control: Control) -
             if answered.lower().rjust(len(known.value), "0") != known.value:
                 raise differs(target, part, known.algorithm, answered, known.value, "target")
             return f"digest {known.algorithm}"
-    again = Hasher()
+    again = Fingerprint()
     async with closing(target.read(part)) as pieces:
         async for piece in pieces:
             control.check()

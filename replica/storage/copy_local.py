@@ -20,7 +20,7 @@ from types import TracebackType
 from replica.storage import faultpoints
 from replica.storage.base import part_path
 from replica.storage.faults import blaming, from_os_error, translated
-from replica.storage.hashing import Hasher
+from replica.storage.hashing import STRIDE_BYTES, Fingerprint, Hasher
 from replica.storage.judging import (
     ROUNDS,
     Control,
@@ -223,16 +223,16 @@ class _Attempt:
         while True:
             control.check()
             with translated(source_label, order.source_path, "source"):
-                count = os.readv(reading, [buffer])
+                count = read_hashing(reading, buffer, hasher)
             if not count:
                 break
-            piece = buffer[:count]
-            hasher.update(piece)
             if hasher.size_bytes > size_bytes:
                 with blaming("source"):
                     raise changed(order.source, order.source_path)  # it grows while we read; it might never end
             with translated(target_label, order.target_path, "target"):
-                write_all(self._written, faultpoints.through(piece))
+                write_all(self._written, faultpoints.through(buffer[:count]))
+                if proof is not None:
+                    proof.look_again(hasher.size_bytes - count, hasher.size_bytes)
             control.bytes_done = hasher.size_bytes
             if proof is not None and hasher.size_bytes - window >= WINDOW_BYTES:
                 proof.add(window, hasher.size_bytes)
@@ -257,9 +257,9 @@ class _Attempt:
     def prove(self) -> None:
         order = self.order
         if self._proof is not None:
-            again = self._proof.hasher
+            again = self._proof.seen
         else:
-            again = Hasher()
+            again = Fingerprint()
             with translated(order.target.name, order.target_path, "target"):
                 if order.read_back != "cache":
                     forget(self._written, 0, self._hasher.size_bytes)
@@ -346,6 +346,18 @@ class _Attempt:
             self._folder = -1
 
 
+def read_hashing(descriptor: int, buffer: memoryview, hasher: Hasher) -> int:
+    """Fill the buffer from a file and hash it on the way; how much there was, 0 at the end."""
+    filled = 0
+    while filled < len(buffer):
+        count = os.readv(descriptor, [buffer[filled : filled + STRIDE_BYTES]])
+        if not count:
+            break
+        hasher.update(buffer[filled : filled + count])
+        filled += count
+    return filled
+
+
 def measure_local(
     storage: PosixStorage,
     path: str,
@@ -367,9 +379,8 @@ def measure_local(
             if fresh:
                 drop_cache(descriptor)
             buffer = memoryview(bytearray(min(PIECE_BYTES, before.size_bytes + 1)))
-            while count := os.readv(descriptor, [buffer]):
+            while read_hashing(descriptor, buffer, hasher):
                 control.check()
-                hasher.update(buffer[:count])
                 if hasher.size_bytes > before.size_bytes:
                     raise changed(storage, path)
             still(storage, path, descriptor, before.etag)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from replica.storage.base import Storage
 from replica.storage.faults import place
-from replica.storage.hashing import Hasher, extra_for
+from replica.storage.hashing import Fingerprint, Hasher, extra_for
 from rules.checksums import ALWAYS, Checksums
 from rules.errors import ChecksumDiffers, Invalid, Side, SourceChanged, TargetExists
 
@@ -110,13 +110,12 @@ def expect(source: Storage, path: str, hasher: Hasher, expected: Expected | None
             raise differs(source, path, known.algorithm, value, known.value, "source")
 
 
-def same(target: Storage, path: str, again: Hasher, hasher: Hasher) -> None:
+def same(target: Storage, path: str, again: Fingerprint, hasher: Hasher) -> None:
     """What was read back is what was read from the source."""
     if again.size_bytes != hasher.size_bytes:
         raise differs(target, path, "size", str(again.size_bytes), str(hasher.size_bytes), "target")
-    found, wanted = (h.checksums().get("xxh3_128") or "" for h in (again, hasher))
-    if found != wanted:
-        raise differs(target, path, "xxh3_128", found, wanted, "target")
+    if again.xxh3_128 != hasher.xxh3_128:
+        raise differs(target, path, "xxh3_128", again.xxh3_128, hasher.xxh3_128, "target")
 
 
 def differs(storage: Storage, path: str, what: str, found: str, wanted: str, side: Side) -> ChecksumDiffers:

@@ -24,7 +24,7 @@ from replica.storage.base import Piece
 from replica.storage.chunks import Chunk, Layout, line, map_of, this_machine, token_of
 from replica.storage.copy_local import still
 from replica.storage.faults import blaming, translated
-from replica.storage.hashing import adler32
+from replica.storage.hashing import STRIDE_BYTES, adler32
 from replica.storage.judging import COPYING, Control, ReadBack, changed, differs
 from replica.storage.parts import Done, Run, Tally, Whole, fetch_stream
 from replica.storage.posix import PIECE_BYTES, PosixStorage, drop_cache, write_out
@@ -114,14 +114,12 @@ class LocalPart:
                     if wanted.abandoned:
                         return
                     with translated(storage.name, source.path, "source"):
-                        count = os.preadv(reading, [buffer[: min(PIECE_BYTES, end - at)]], at)
+                        count = _read_hashing(reading, buffer[: min(PIECE_BYTES, end - at)], at, tally)
                     if not count:
                         with blaming("source"):
                             raise changed(storage, source.path)
-                    piece = buffer[:count]
-                    tally.update(piece)
                     with translated(self.target.name, self.path, "target"):
-                        unfinished.write_all_at(self._descriptor, faultpoints.through(piece), at)
+                        unfinished.write_all_at(self._descriptor, faultpoints.through(buffer[:count]), at)
                     at += count
                     wanted.bytes_done += count
                 chunk = tally.chunk(wanted.token)
@@ -193,7 +191,7 @@ class LocalPart:
                 os.utime(descriptor)  # it is worked on, whoever collects old ones should see
                 write_out(descriptor, begin, end)
                 forget(descriptor, begin, end)
-            buffer = memoryview(bytearray(PIECE_BYTES))
+            buffer = memoryview(bytearray(STRIDE_BYTES))
             for number, chunk in wanted.items():
                 mark, found, adler = whole.mark(), xxhash.xxh3_128(), 1
                 at, stop = self._layout.span(number)
@@ -201,7 +199,7 @@ class LocalPart:
                     self._control.check()
                     if self._abandoned:
                         return None
-                    count = os.preadv(descriptor, [buffer[: min(PIECE_BYTES, stop - at)]], at)
+                    count = os.preadv(descriptor, [buffer[: min(STRIDE_BYTES, stop - at)]], at)
                     if not count:
                         break
                     found.update(buffer[:count])
@@ -231,6 +229,18 @@ class LocalPart:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._map = -1
+
+
+def _read_hashing(descriptor: int, buffer: memoryview, at: int, tally: Tally) -> int:
+    """Fill the buffer from this place of a file and hash it on the way; how much there was, 0 at the end."""
+    filled = 0
+    while filled < len(buffer):
+        count = os.preadv(descriptor, [buffer[filled : filled + STRIDE_BYTES]], at + filled)
+        if not count:
+            break
+        tally.update(buffer[filled : filled + count])
+        filled += count
+    return filled
 
 
 def _from_thread(done: Done) -> Done:
