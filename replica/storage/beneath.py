@@ -40,6 +40,13 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
+#: Typed once: converting the arguments by hand at each call costs as much as the call.
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
+_syscall.restype = ctypes.c_long
+_HOW_BYTES = ctypes.sizeof(_OpenHow)
+
+
 def _openat2(folder: int, path: bytes, flags: int, mode: int) -> int:
     how = _OpenHow(
         flags | os.O_CLOEXEC,
@@ -47,13 +54,7 @@ def _openat2(folder: int, path: bytes, flags: int, mode: int) -> int:
         _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS,
     )
     while True:
-        descriptor: int = _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(folder),
-            ctypes.c_char_p(path),
-            ctypes.byref(how),
-            ctypes.c_size_t(ctypes.sizeof(how)),
-        )
+        descriptor: int = _syscall(_SYS_OPENAT2, folder, path, how, _HOW_BYTES)
         if descriptor >= 0:
             return descriptor
         code = ctypes.get_errno()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from replica.storage import faultpoints
+from replica.storage.barrier import everything_durable, raise_failure
 from replica.storage.base import part_path
 from replica.storage.faults import blaming, from_os_error, translated
 from replica.storage.hashing import STRIDE_BYTES, Fingerprint, Hasher
@@ -110,22 +111,40 @@ def _copy_group(orders: Sequence[LocalCopy], pool: ThreadPoolExecutor, threads: 
                 except Exception as error:  # noqa: BLE001 - this file's outcome; the others go on
                     failures[attempt] = error
 
+    def each(step: Callable[[_Attempt], object]) -> None:
+        # A list per thread, not a task per file: handing one over costs as much as copying it.
+        for share in [pool.submit(some, step, attempts[n::threads]) for n in range(threads)]:
+            share.result()
+
+    def left() -> list[_Attempt]:
+        return [attempt for attempt in attempts if attempt.done is None and attempt not in failures]
+
     try:
-        for step in (_Attempt.begin, _Attempt.settle, _Attempt.prove, _Attempt.publish):
-            # A list per thread, not a task per file: handing one over costs as much as copying it.
-            for share in [pool.submit(some, step, attempts[n::threads]) for n in range(threads)]:
-                share.result()
+        each(_Attempt.begin)
+        settled = _barrier(left())
+        each(_Attempt.settled if settled else _Attempt.settle)
+        some(_Attempt.forget, attempts)
+        each(_Attempt.prove)
+        each(_Attempt.publish)
+        named = left()
+        durable = settled and len({attempt.folder for attempt in named}) > 1 and _barrier(named)
         synced: dict[tuple[int, int], Exception | None] = {}
-        for attempt in attempts:
-            if attempt.done is None and attempt not in failures:
-                try:
-                    attempt.make_name_durable(synced)
-                except Exception as error:  # noqa: BLE001
-                    failures[attempt] = error
+        if durable:
+            synced = {attempt.folder: None for attempt in named}
+        some(lambda attempt: attempt.make_name_durable(synced), attempts)
     finally:
         for attempt in attempts:
             attempt.close()
     return [failures.get(attempt) or attempt.result() for attempt in attempts]
+
+
+def _barrier(attempts: Sequence[_Attempt]) -> bool:
+    """Whether one wait for the disk made all of them durable; otherwise each one's own fsync does, or tells why not."""
+    if len({attempt.device for attempt in attempts}) != 1:
+        return False
+    with suppress(OSError):
+        return everything_durable(attempts[0].anything, len(attempts))
+    return False
 
 
 class _Attempt:
@@ -155,6 +174,7 @@ class _Attempt:
         if self.done is None:
             self.move()
             self.settle()
+            self.forget()
             self.prove()
             self.publish()
         if self.done is None:
@@ -172,6 +192,8 @@ class _Attempt:
             drop_cache(self._written)
 
     def _size_at_source(self) -> int:
+        if self.order.expected is not None:
+            return self.order.expected.size_bytes
         with suppress(ReplicaError):  # `move` will say it better
             return self.order.source.tree.stat(self.order.source_path).size_bytes
         return 0
@@ -254,6 +276,19 @@ class _Attempt:
         with translated(self.order.target.name, self.order.target_path, "target"):
             os.fsync(self._written)  # should it fail, this temporary is given up: a second fsync may lie
 
+    def settled(self) -> None:
+        """`settle` where a barrier has done the waiting."""
+        self.control.check()
+        self.control.phase = "verifying"
+        with translated(self.order.target.name, self.order.target_path, "target"):
+            raise_failure(self._written)
+
+    def forget(self) -> None:
+        """The proof shall come from the device. Said for all of a batch before the first is read, it reads ahead."""
+        if self._proof is None and self.order.read_back != "cache":
+            with translated(self.order.target.name, self.order.target_path, "target"):
+                forget(self._written, 0, self._hasher.size_bytes)
+
     def prove(self) -> None:
         order = self.order
         if self._proof is not None:
@@ -261,8 +296,6 @@ class _Attempt:
         else:
             again = Fingerprint()
             with translated(order.target.name, order.target_path, "target"):
-                if order.read_back != "cache":
-                    forget(self._written, 0, self._hasher.size_bytes)
                 hash_again(self._written, 0, self._hasher.size_bytes, again, self.control)
         same(order.target, order.target_path, again, self._hasher)
         # What was read back ends where we stopped reading; the file must end there too.
@@ -296,8 +329,7 @@ class _Attempt:
     def make_name_durable(self, synced: dict[tuple[int, int], Exception | None] | None = None) -> None:
         """fsync the folder; a batch remembers in `synced` which ones it had, with how it went."""
         if self._folder >= 0:
-            found = os.fstat(self._folder)
-            key = (found.st_dev, found.st_ino)
+            key = self.folder
             if synced is None or key not in synced:
                 failure: Exception | None = None
                 try:
@@ -317,6 +349,21 @@ class _Attempt:
         size_bytes = hasher.size_bytes
         seconds = time.perf_counter() - self._began
         self.done = Copied(size_bytes, hasher.checksums(), False, seconds, "read back", moved_bytes=size_bytes)
+
+    @property
+    def anything(self) -> int:
+        """A descriptor on the target's file system."""
+        return self._written if self._written >= 0 else self._folder
+
+    @property
+    def device(self) -> int:
+        return os.fstat(self.anything).st_dev
+
+    @property
+    def folder(self) -> tuple[int, int]:
+        """Which folder has the new name."""
+        found = os.fstat(self._folder)
+        return found.st_dev, found.st_ino
 
     def result(self) -> Copied:
         if self.done is None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from rules.errors import (
     Busy,
@@ -86,33 +85,44 @@ def place(endpoint: str, path: str) -> str:
     return f"{repr(path)[1:-1]} at {endpoint or 'an unnamed storage'}"
 
 
-@contextmanager
-def translated(endpoint: str, path: str, side: Side = "unknown") -> Iterator[None]:
-    """Within, an OSError becomes the StorageError it means."""
-    try:
-        yield
-    except OSError as error:
-        raise from_os_error(error, endpoint=endpoint, path=path, side=side) from error
+class translated:
+    """Within, an OSError becomes the StorageError it means. A class, for a small file passes twenty of these."""
+
+    __slots__ = ("_endpoint", "_path", "_side")
+
+    def __init__(self, endpoint: str, path: str, side: Side = "unknown") -> None:
+        self._endpoint, self._path, self._side = endpoint, path, side
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            raise from_os_error(error, endpoint=self._endpoint, path=self._path, side=self._side) from error
 
 
-@contextmanager
-def blaming(side: Side) -> Iterator[None]:
+class blaming:
     """Within, every StorageError is the fault of `side`: the storage did not know which end of a copy it was."""
-    try:
-        yield
-    except SourceMissing as error:
-        if side != "target" or error.side == "source":  # the source's, told through the target that was to write it
-            error.side = "source" if error.side == "source" else side
-            raise
-        # Not the source's loss: what we wrote (or looked at) on the target went away beneath us.
-        raise Transient(
-            f"{error.message} (it went away meanwhile)",
-            hint=error.hint,
-            endpoint=error.endpoint,
-            path=error.path,
-            side="target",
-        ) from error
-    except StorageError as error:
-        if error.side == "unknown":
-            error.side = side
-        raise
+
+    __slots__ = ("_side",)
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not isinstance(error, StorageError):
+            return
+        if isinstance(error, SourceMissing) and self._side == "target" and error.side != "source":
+            # Not the source's loss: what we wrote (or looked at) on the target went away beneath us.
+            raise Transient(
+                f"{error.message} (it went away meanwhile)",
+                hint=error.hint,
+                endpoint=error.endpoint,
+                path=error.path,
+                side="target",
+            ) from error
+        if error.side == "unknown" or (isinstance(error, SourceMissing) and error.side != "source"):
+            error.side = self._side

@@ -18,8 +18,9 @@ import secrets
 import stat as mode_of
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 from replica.storage.base import (
     OWN,
@@ -55,9 +56,11 @@ class Tree:
 
     # ── the root ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @contextmanager
-    def root(self) -> Iterator[int]:
+    def root(self) -> AbstractContextManager[int]:
         """The root's descriptor, after a look that it is the endpoint's disk and not an empty mount point."""
+        return _Root(self)
+
+    def open_root(self) -> int:
         try:
             root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -72,9 +75,10 @@ class Tree:
             if not mode_of.S_ISREG(sentinel.st_mode):
                 raise self._unreachable(f"{self.path}/{SENTINEL} is not a regular file")
             self._refuse_another(root, sentinel)
-            yield root
-        finally:
+        except BaseException:
             os.close(root)
+            raise
+        return root
 
     def _refuse_another(self, root: int, sentinel: os.stat_result) -> None:
         """The disk of another endpoint, mounted here by mistake: its files would be taken for ours."""
@@ -354,6 +358,22 @@ class Tree:
             finally:
                 os.close(parts)
         return removed
+
+
+class _Root:
+    """Opened for one verb and closed after it; a class, for a small file passes six of them."""
+
+    __slots__ = ("_root", "_tree")
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    def __enter__(self) -> int:
+        self._root = self._tree.open_root()
+        return self._root
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._root)
 
 
 @contextmanager

@@ -908,6 +908,8 @@ def test_a_batch_gives_each_file_its_own_outcome_in_order(folders, monkeypatch):
 
 
 def test_a_batch_reports_nothing_before_it_is_durable_and_syncs_each_folder_once(folders, monkeypatch):
+    """On a file system of which it is not known that one wait does for all."""
+    monkeypatch.setattr(copying, "everything_durable", lambda *_: False)
     orders = orders_for(folders, {f"{n % 2}/{n}": b"x" * n for n in range(1, 30)})
     for folder in ("to/0", "to/1"):
         (folders[1].behind.root / folder).mkdir(parents=True)
@@ -927,7 +929,34 @@ def test_a_batch_reports_nothing_before_it_is_durable_and_syncs_each_folder_once
     assert sorted(synced) == ["0", "1"]
 
 
+def test_a_batch_waits_once_for_its_bytes_before_the_names_and_once_for_the_names(folders, monkeypatch):
+    orders = orders_for(folders, {f"{n % 2}/{n}": b"x" * n for n in range(1, 30)})
+    story, rename = [], folders[1].storage.tree.rename
+    monkeypatch.setattr(copying, "everything_durable", lambda descriptor, files: story.append(files) or True)
+    monkeypatch.setattr(folders[1].storage.tree, "rename", lambda *a: (story.append("name"), rename(*a))[1])
+    assert all(isinstance(o, Copied) for o in copy_local_batch(orders))
+    assert story == [29, *["name"] * 29, 29]
+
+
+def test_a_file_whose_bytes_did_not_reach_the_disk_fails_alone_in_a_batch(folders, monkeypatch):
+    orders = orders_for(folders, {str(n): b"x" * n for n in range(1, 30)})
+    monkeypatch.setattr(copying, "everything_durable", lambda *_: True)
+    failed = []
+
+    def told_once(descriptor):
+        if os.fstat(descriptor).st_size == 7:
+            failed.append(descriptor)
+            raise OSError(errno.EIO, "")
+
+    monkeypatch.setattr(copying, "raise_failure", told_once)
+    outcomes = copy_local_batch(orders)
+    assert [n for n, outcome in enumerate(outcomes, 1) if isinstance(outcome, Exception)] == [7]
+    assert len(failed) == 1
+    assert not folders[1].parts()
+
+
 def test_a_folder_that_cannot_be_synced_fails_all_its_files_and_no_others(folders, monkeypatch):
+    monkeypatch.setattr(copying, "everything_durable", lambda *_: False)
     orders = orders_for(folders, {f"{n % 2}/{n}": b"x" * n for n in range(1, 9)})
     for folder in ("to/0", "to/1"):
         (folders[1].behind.root / folder).mkdir(parents=True)
