@@ -34,6 +34,7 @@ DocumentRoot {own}/data
 DavLockDB {own}/lock/db
 AllowEncodedSlashes NoDecode
 LimitRequestLine 16384
+LimitRequestBody 0
 KeepAliveTimeout 5
 MaxKeepAliveRequests 0
 StartServers 1

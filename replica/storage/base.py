@@ -249,6 +249,19 @@ class SupportsDigests(Protocol):
 
 
 @runtime_checkable
+class SupportsFewQuestions(Protocol):
+    """Every question is a request to a server: what the copy knows already need not be asked."""
+
+    def believed(self, path: str, size_bytes: int) -> None:
+        """What the catalogue knows of a file's size. Only a guess of how much there is to read; nobody is asked."""
+        ...
+
+    async def write_new(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int) -> None:
+        """`write`, under a name that was drawn at random for it: nobody looks whether something has it already."""
+        ...
+
+
+@runtime_checkable
 class SupportsPresigned(Protocol):
     """A file can be read by a URL alone."""
 

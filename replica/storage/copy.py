@@ -49,15 +49,24 @@ from contextlib import suppress
 from functools import partial
 
 from replica.storage import faultpoints, servercopy
-from replica.storage.adoption import adopt, adopt_existing, measure, publish_proven
-from replica.storage.base import Piece, Storage, SupportsThirdParty, part_path
+from replica.storage.adoption import adopt, adopt_existing, measure, publish_proven, refuse_same
+from replica.storage.base import (
+    Piece,
+    Stat,
+    Storage,
+    SupportsFewQuestions,
+    SupportsServerCopy,
+    SupportsThirdParty,
+    part_path,
+)
 from replica.storage.chunked import copy_chunked, resumable
 from replica.storage.chunks import Lineage
 from replica.storage.copy_local import LocalCopy, copy_local, copy_local_batch, measure_local
 from replica.storage.faults import blaming
-from replica.storage.hashing import Fingerprint, Hasher
+from replica.storage.hashing import Fingerprint, Hasher, is_strong
 from replica.storage.judging import (
     COPYING,
+    NO_LOOK_BYTES_MAX,
     Control,
     Copied,
     Expected,
@@ -76,7 +85,7 @@ from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
 from replica.storage.threads import run
 from rules.checksums import Checksums
-from rules.errors import ReplicaError
+from rules.errors import Busy, ReplicaError, StorageError, TimedOut, Unreachable
 
 __all__ = [
     "Control",
@@ -130,7 +139,7 @@ async def copy_file(
             before_publish=before_publish,
             read_back=read_back,
         )
-    algorithms = needed(expected)
+    needed(expected)  # Invalid before anything moves, if nothing could be compared in the end
     if isinstance(source, PosixStorage) and isinstance(target, PosixStorage):
         return await run(
             partial(
@@ -165,27 +174,90 @@ async def copy_file(
         )
         if direct is not None:
             return direct
-    adopted = await adopt_existing(source, source_path, target, target_path, expected, control, before_publish)
-    if adopted is not None:
+    adopt_now = partial(adopt_existing, source, source_path, target, target_path, expected, control, before_publish)
+    if not _publishing_looks(target, expected):
+        adopted = await adopt_now()
+        return adopted or await _carried(
+            source, source_path, target, target_path, tag, expected, control, before_publish, began
+        )
+    await refuse_same(source, source_path, target, target_path)
+    try:
+        return await _carried(source, source_path, target, target_path, tag, expected, control, before_publish, began)
+    except (Busy, TimedOut, Unreachable):
+        raise
+    except StorageError:
+        # What lies there already needs no source, and no room.
+        adopted = await adopt_now()
+        if adopted is None:
+            raise
         return adopted
+
+
+def _publishing_looks(target: Storage, expected: Expected | None) -> bool:
+    """Whether nobody looks at the name before the bytes move: publishing sees what has it, and moving a few bytes in
+    vain costs less than asking for each file."""
+    return (
+        expected is not None
+        and bool(expected.checksums)
+        and expected.size_bytes <= NO_LOOK_BYTES_MAX
+        and isinstance(target, SupportsFewQuestions)
+    )
+
+
+def _believes(source: Storage, target: Storage, expected: Expected | None) -> bool:
+    """Whether the source need not be asked what it has: its bytes must have a strong checksum, and that tells all."""
+    return (
+        expected is not None
+        and is_strong(expected.checksums)
+        and isinstance(source, SupportsFewQuestions)
+        and not isinstance(target, SupportsServerCopy)
+    )
+
+
+async def _carried(
+    source: Storage,
+    source_path: str,
+    target: Storage,
+    target_path: str,
+    tag: str,
+    expected: Expected | None,
+    control: Control,
+    before_publish: Callable[[], None] | None,
+    began: float,
+) -> Copied:
+    """Steps 2 to 7, with bytes that pass through here, or that the target's server fetched."""
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
     try:
-        algorithms = (*algorithms, *await servercopy.digests_of(target))
-        with blaming("source"):
-            before = await source.stat(source_path)
-            expect_size(source, source_path, before.size_bytes, expected)
-            control.check()
+        algorithms = (*needed(expected), *await servercopy.digests_of(target))
+        before: Stat | None = None
+        if _believes(source, target, expected):
+            assert expected is not None
+            assert isinstance(source, SupportsFewQuestions)
+            source.believed(source_path, expected.size_bytes)
+            size_bytes = expected.size_bytes
+        else:
+            with blaming("source"):
+                before = await source.stat(source_path)
+                expect_size(source, source_path, before.size_bytes, expected)
+            size_bytes = before.size_bytes
+        control.check()
         known = expected.checksums if expected is not None else Checksums()
-        by_server = await servercopy.copied(source, source_path, before, target, part, known, algorithms, control.check)
+        by_server = before and await servercopy.copied(
+            source, source_path, before, target, part, known, algorithms, control.check
+        )
         hasher = by_server or Hasher(algorithms)
         if not by_server:
             with blaming("target"):
-                async with closing(_hashed(source, source_path, before.size_bytes, hasher, control)) as pieces:
-                    await target.write(part, pieces, size_bytes=before.size_bytes)
+                async with closing(_hashed(source, source_path, size_bytes, hasher, control, before)) as pieces:
+                    if isinstance(target, SupportsFewQuestions):
+                        await target.write_new(part, pieces, size_bytes=size_bytes)
+                    else:
+                        await target.write(part, pieces, size_bytes=size_bytes)
         with blaming("source"):
-            after = await source.stat(source_path)
-            if after.etag != before.etag or hasher.size_bytes != after.size_bytes:
-                raise changed(source, source_path)
+            if before is not None:
+                after = await source.stat(source_path)
+                if after.etag != before.etag or hasher.size_bytes != after.size_bytes:
+                    raise changed(source, source_path)
             expect(source, source_path, hasher, expected)
         faultpoints.reach("after_write")
         with blaming("target"):
@@ -212,7 +284,7 @@ async def copy_file(
 
 
 async def _hashed(
-    source: Storage, path: str, size_bytes: int, hasher: Hasher, control: Control
+    source: Storage, path: str, size_bytes: int, hasher: Hasher, control: Control, before: Stat | None
 ) -> AsyncIterator[Piece]:
     """What the target writes: the source's bytes, hashed as they pass. Errors in here are the source's."""
     with blaming("source"):
@@ -221,9 +293,19 @@ async def _hashed(
                 control.check()
                 hasher.update(piece)
                 if hasher.size_bytes > size_bytes:
-                    raise changed(source, path)  # it grows while we read; it might never end
+                    raise await _other_size(source, path, size_bytes, before)  # it might never end
                 yield faultpoints.through(memoryview(piece))
                 control.bytes_done = hasher.size_bytes
+        if hasher.size_bytes != size_bytes:
+            raise await _other_size(source, path, size_bytes, before)
+
+
+async def _other_size(source: Storage, path: str, size_bytes: int, before: Stat | None) -> StorageError:
+    """It changes while we read; or it never had that size, if it was not asked before."""
+    found = await source.stat(path) if before is None else before
+    if found.size_bytes != size_bytes:
+        return differs(source, path, "size", str(found.size_bytes), str(size_bytes), "source")
+    return changed(source, path)
 
 
 async def _prove(target: Storage, part: str, hasher: Hasher, control: Control) -> str:

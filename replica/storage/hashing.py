@@ -43,6 +43,11 @@ except ImportError:  # pragma: no cover - only the storages that check it (extra
 EXTRA = ("sha256", "md5")
 
 
+def is_strong(known: Checksums) -> bool:
+    """Whether one of them would not miss an error, by any accident."""
+    return any(known.get(algorithm) for algorithm in ("xxh3_128", *EXTRA))
+
+
 def extra_for(known: Checksums) -> tuple[str, ...]:
     """Which further algorithm is needed to prove bytes against `known`.
 

@@ -44,7 +44,10 @@ _TABLE: dict[int, tuple[type[StorageError], str]] = {
     410: (SourceMissing, ""),
     411: (Permanent, ""),
     412: (TargetExists, ""),
-    413: (NoSpace, "the server does not take a file of this size"),
+    413: (
+        NoSpace,
+        "the server does not take a file of this size; Apache takes 1 GiB, unless its LimitRequestBody says more",
+    ),
     414: (Permanent, "the name is too long for this server"),
     415: (Permanent, ""),
     423: (Busy, "somebody holds a lock there"),

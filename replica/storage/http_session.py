@@ -28,6 +28,7 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
+import math
 import ssl
 import threading
 from collections.abc import AsyncIterator, Mapping
@@ -78,6 +79,10 @@ class Pool:
     #: See `Webdav.present`: the question that is being asked, and the one that will be asked after it.
     asking: asyncio.Task[StorageError | None] | None = None
     to_ask: asyncio.Task[StorageError | None] | None = None
+    #: By the monotonic clock: when the last question was asked that was answered well.
+    present_at: float = -math.inf
+    #: See `Claims.server_looks`.
+    trying: asyncio.Task[bool | None] | None = None
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -89,6 +94,8 @@ class Http:
         self._settings = settings
         self.scheme = "https" if split.scheme in ("https", "davs") else "http"
         self.origin = _origin(split._replace(scheme=self.scheme))
+        #: host:port, as a key.
+        self.host = f"{self.origin[1]}:{self.origin[2]}"
         self.base_path = quote(unquote(split.path).rstrip("/"), safe="/~")
         #: The root, percent-encoded, without a slash at its end.
         self.base = f"{self.scheme}://{split.netloc}{self.base_path}"

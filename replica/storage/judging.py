@@ -21,6 +21,10 @@ from rules.errors import ChecksumDiffers, Invalid, Side, SourceChanged, TargetEx
 #: How often somebody else may put a file in our way between our look and our rename.
 ROUNDS = 3
 
+#: Of a file up to this size the name is not looked at before it is copied, where looking is a request to a server.
+#: Moving a few bytes in vain costs less than asking for each file, for a server like XRootD hangs up after each 404.
+NO_LOOK_BYTES_MAX = 1 << 20
+
 #: Copies get threads of their own: in asyncio's default pool, few as they are, long copies would block every `stat`.
 COPYING = ThreadPoolExecutor(max_workers=32, thread_name_prefix="copy")
 

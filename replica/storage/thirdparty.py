@@ -36,12 +36,12 @@ import asyncio
 import enum
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
-from weakref import WeakKeyDictionary
 
 import aiohttp
 from yarl import URL
@@ -50,20 +50,16 @@ from replica.storage import faultpoints
 from replica.storage.adoption import adopt_existing, measure_by, publish_proven
 from replica.storage.base import Party, Storage, SupportsThirdParty, part_path
 from replica.storage.faults import blaming, place
-from replica.storage.judging import Control, Copied, Expected, expect_size, needed, same_file
+from replica.storage.judging import NO_LOOK_BYTES_MAX, Control, Copied, Expected, expect_size, needed, same_file
 from replica.storage.markers import Markers, Outcome, shown_reason
+from replica.storage.turns import turn
 from rules.checksums import Agreement, Checksum, Checksums
 from rules.errors import Busy, Invalid, NoSpace, ReplicaError, Side, SourceMissing, StorageError
 
 #: Copies that one active host is asked for at a time, by this process.
 AT_ONCE = 32
-#: Questions for a digest that one host is asked at a time: XRootD lets one too many (its own limit is 4) wait 30 s.
-DIGESTS_AT_ONCE = 2
 #: A way that did not do is left out so long.
 REMEMBERED_SECONDS = 600.0
-#: Of a file up to this size the name is not looked at before it is copied: publishing sees what has it, and moving a
-#: few bytes in vain costs less than asking for each file, for a server like XRootD hangs up after each 404.
-NO_LOOK_BYTES_MAX = 1 << 20
 #: In a row, for a way that was accepted and failed later: a restarted server must not cost ten minutes of streaming.
 FAILURES_MAX = 3
 _PAIRS_MAX = 1_000
@@ -72,6 +68,7 @@ _REDIRECTS_MAX = 5
 _REFUSAL_BYTES_MAX = 4096
 #: No server computes it: not worth a request.
 _OURS_ALONE = frozenset({"xxh3_128"})
+V = TypeVar("V")
 #: Answers of an active party that mean: this COPY is not for me, whatever the file.
 _NOT_FOR_ME = frozenset({400, 401, 403, 405, 501, 502})
 #: … and: a folder is missing. XRootD says 400.
@@ -224,7 +221,7 @@ class _Attempt:
         asked = published = False
         try:
             active, passive = await self._parties()
-            async with _turn(active.url, AT_ONCE, self.control, self.patience.tick_seconds):
+            async with _turn(active.url, self.control, self.patience.tick_seconds):
                 asked = True
                 outcome = await self._ask(active, passive)
             if outcome.kind == "failure":
@@ -430,10 +427,21 @@ class _Attempt:
     async def _told(self, algorithm: str) -> tuple[int, str | None]:
         assert isinstance(self.target, SupportsThirdParty)
         try:
-            async with _turn(self.target.url, DIGESTS_AT_ONCE, self.control, self.patience.tick_seconds):
-                return await self.target.told(self.part, algorithm)
+            return await self._while_wanted(self.target.told(self.part, algorithm))
         except SourceMissing:
             raise _Failed("nothing arrived") from None
+
+    async def _while_wanted(self, asking: Coroutine[None, None, V]) -> V:
+        """A server may need an hour for the digest of a large file; a copy that is to stop does not wait for it."""
+        question = asyncio.create_task(asking)
+        try:
+            while not (await asyncio.wait({question}, timeout=self.patience.tick_seconds))[0]:
+                self.control.check()
+            return question.result()
+        finally:
+            if not question.done():
+                question.cancel()
+                await asyncio.wait({question})
 
 
 class _NoFolder(_Failed):
@@ -524,26 +532,23 @@ async def _make_folders(target: Party, storage: Storage) -> None:
 
 _MKCOL_TIMEOUT = aiohttp.ClientTimeout(total=60)
 
-_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, int], asyncio.Semaphore]] = WeakKeyDictionary()
-
 
 @asynccontextmanager
-async def _turn(url: str, at_once: int, control: Control, tick_seconds: float) -> AsyncIterator[None]:
-    """One of the copies, or of the digests, that this host is asked for at a time."""
-    hosts = _turns.setdefault(asyncio.get_running_loop(), {})
-    turn = hosts.setdefault((_host(url), at_once), asyncio.Semaphore(at_once))
-    if turn.locked():
-        waiting = asyncio.create_task(turn.acquire())
+async def _turn(url: str, control: Control, tick_seconds: float) -> AsyncIterator[None]:
+    """One of the copies that this host is asked for at a time."""
+    mine = turn(_host(url), "copy", AT_ONCE)
+    if mine.locked():
+        waiting = asyncio.create_task(mine.acquire())
         try:
             while not (await asyncio.wait({waiting}, timeout=tick_seconds))[0]:
                 control.check()
         except BaseException:
             if not waiting.cancel():
-                turn.release()
+                mine.release()
             raise
     else:
-        await turn.acquire()
+        await mine.acquire()
     try:
         yield
     finally:
-        turn.release()
+        mine.release()

@@ -33,10 +33,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import TypeVar
 
 import aiohttp
@@ -60,11 +61,12 @@ from replica.storage.credentials import Settings
 from replica.storage.digests import WANTED, digests
 from replica.storage.faults import place
 from replica.storage.http_body import SMALL_BYTES, Body, pieces_of, spooled, whole
-from replica.storage.http_ranges import Range, Wrong
+from replica.storage.http_ranges import Changed, Spans, Wrong
 from replica.storage.http_session import Http, Timeouts
 from replica.storage.multistatus import QUESTION, QUOTA_QUESTION, Found, Multistatus, NotMultistatus, mtime_ns
 from replica.storage.refusals import no_room
 from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
+from replica.storage.turns import DIGESTS_AT_ONCE, turn
 from replica.storage.webdav_claims import CLAIMS, Claims, Held
 from replica.storage.webdav_names import Names
 from rules.errors import (
@@ -72,6 +74,7 @@ from rules.errors import (
     Forbidden,
     Permanent,
     Refused,
+    SourceChanged,
     SourceMissing,
     StorageError,
     TargetExists,
@@ -87,6 +90,8 @@ _DRIP_BYTES = 1 << 16
 #: For a file at least this large the server's quota is looked at before the first byte.
 _LOOK_FOR_SPACE_BYTES = 64 << 20
 _REMEMBERED = 10_000
+#: Before a temporary is written, it is enough to have seen the endpoint's disk so long ago: publishing is what counts.
+_PRESENT_SECONDS = 1.0
 
 V = TypeVar("V")
 
@@ -156,12 +161,14 @@ class WebdavStorage:
                     hint="choose a folder outside of it; endpoints cannot be nested",
                 )
 
-    async def present(self) -> None:
-        """Unreachable, unless the endpoint's sentinel is there now.
+    async def present(self, within_seconds: float = 0.0) -> None:
+        """Unreachable, unless the endpoint's sentinel is there now, or was when it was asked for so long ago.
 
         Asked together: who comes while a look is under way shares the next one, which begins after it came.
         """
         pool = self.http.pool()
+        if time.monotonic() - pool.present_at < within_seconds:
+            return
         if pool.to_ask is None:
             pool.to_ask = asyncio.get_running_loop().create_task(self._look_for_sentinel())
         error = await asyncio.shield(pool.to_ask)
@@ -173,6 +180,7 @@ class WebdavStorage:
         if pool.asking is not None:
             await asyncio.wait([pool.asking])
         pool.asking, pool.to_ask = pool.to_ask, None
+        began, pool.present_at = time.monotonic(), -math.inf
         try:
             owner = await self._owner()
         except StorageError as error:
@@ -181,6 +189,7 @@ class WebdavStorage:
             return self._unreachable(f"there is no {SENTINEL}: its disk is perhaps not mounted at the server")
         if is_anothers(owner, self.name):
             return self._unreachable(f"it belongs to the endpoint {owner}")
+        pool.present_at = began
         return None
 
     async def _owner(self) -> str | None:
@@ -295,6 +304,9 @@ class WebdavStorage:
         self._tells_quota = False
         return None
 
+    def believed(self, path: str, size_bytes: int) -> None:
+        _remember(self._sizes, path, size_bytes)
+
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[Piece]:
@@ -302,25 +314,32 @@ class WebdavStorage:
         if length is not None and length <= 0:
             await self.stat(path)
             return
-        wanted: Range | None = Range(offset, length, self._sizes.get(path, self._written.get(path, 0)))
-        while wanted is not None:
+        spans = Spans(offset, length, self._sizes.get(path, self._written.get(path, 0)))
+        while (wanted := spans.wanted) is not None:
             headers = {"Range": wanted.header}
             async with self.http.request("GET", self.names.url(path), path, headers=headers) as response:
                 if response.status in (404, 410):
                     await self.present()
                     raise self._missing(path)
                 if response.status == 416 or (response.status == 200 and response.content_length == 0):
+                    if spans.begun:
+                        raise self.error(SourceChanged, path, "it became shorter while it was read")
                     return  # at its end, or beyond
                 await self.http.check(response, path, 206, 200)
                 try:
-                    expected, wanted = wanted.judge(response.status, response.headers)
-                    if wanted is None:
-                        async for piece in self._exactly(expected, response, path):
-                            yield piece
+                    expected = spans.judge(response.status, response.headers)
+                    if expected:
+                        async with aclosing(self._exactly(expected, response, path)) as pieces:
+                            async for piece in pieces:
+                                yield piece
+                except Changed as error:
+                    response.close()
+                    raise self.error(SourceChanged, path, str(error)) from None
                 except Wrong as error:
+                    response.close()  # whatever else comes on this connection belongs to no other question
                     raise self.error(Transient, path, str(error)) from None
 
-    async def _exactly(self, expected: int, response: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:
+    async def _exactly(self, expected: int, response: aiohttp.ClientResponse, path: str) -> AsyncGenerator[bytes, None]:
         """The body, if it has that many bytes, and comes at a pace that ends some day."""
         now = asyncio.get_running_loop().time
         between = self.http.timeouts.between
@@ -367,7 +386,10 @@ class WebdavStorage:
         wanted = WANTED.get(algorithm)
         headers = {"Want-Digest": wanted[0], "Want-Repr-Digest": f"{wanted[1]}=10"} if wanted else {}
         seconds = self.http.timeouts.digest if wanted else None
-        async with self.http.request("HEAD", self.names.url(path), path, headers=headers, seconds=seconds) as response:
+        async with (
+            turn(self.http.host, "digest", DIGESTS_AT_ONCE) if wanted else nullcontext(),
+            self.http.request("HEAD", self.names.url(path), path, headers=headers, seconds=seconds) as response,
+        ):
             if response.status in (404, 410):
                 await self.present()
                 raise self._missing(path)
@@ -386,6 +408,14 @@ class WebdavStorage:
                 raise failed
         if there is not None:
             raise self.error(TargetExists, temporary, "exists already")
+        await self._write(temporary, chunks, size_bytes)
+
+    async def write_new(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int) -> None:
+        check_part(temporary)
+        await self.present(_PRESENT_SECONDS)  # XRootD would make the folders on the disk beneath
+        await self._write(temporary, chunks, size_bytes)
+
+    async def _write(self, temporary: str, chunks: AsyncIterator[Piece], size_bytes: int | None) -> None:
         self._writing.add(temporary)
         try:
             if size_bytes is None:
@@ -465,13 +495,15 @@ class WebdavStorage:
     async def publish(self, temporary: str, final: str) -> None:
         check_part(temporary)
         self.names.check(check_path(final))
-        await self.present()
+        # What is claimed with lies on the endpoint's disk: no claim is held while that is not mounted.
+        await self.present(0.0 if self._claims is None else _PRESENT_SECONDS)
         destination = await self.names.destination(final)
         if self._claims is None:
             await self._publish_now(temporary, final, destination, Held())
         else:
+            looks = await self._claims.server_looks()
             async with self._claims.holding(final) as held:
-                if await self.look(final) is not None:
+                if not looks and await self.look(final) is not None:
                     raise self.exists(final)
                 await self._publish_now(temporary, final, destination, held)
         self._written.pop(temporary, None)
