@@ -43,6 +43,8 @@ from workers.storages import Storages, is_local
 SMALL_BYTES = 4 << 20
 LIST_FILES = 128
 LIST_BYTES = 64 << 20
+#: Files of a list that are on their way at once where a server is one of the two: it is waited for, not worked for.
+REMOTE_AT_ONCE = 16
 #: Threads of one list: small files wait for the disk more than they work.
 LIST_THREADS = 2
 #: Failures of one kind are told so often, and of so many kinds it is remembered.
@@ -77,9 +79,21 @@ class Held:
     @property
     def small(self) -> bool:
         """Whether it may go in a list."""
+        return self.order.size <= SMALL_BYTES and (self.remote or bool(self.order.sources))
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server is asked for it, or takes it."""
         order = self.order
-        local = is_local(order.target_url) and bool(order.sources) and is_local(order.sources[0].url)
-        return local and order.size <= SMALL_BYTES
+        return not (is_local(order.target_url) and all(is_local(source.url) for source in order.sources[:1]))
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """From where to where. What goes in one list goes the same way: where a server hangs, no other files wait."""
+        order = self.order
+        if not self.remote:
+            return "", ""  # the threads of a list take files of any folders
+        return order.sources[0].url if order.sources else "", order.target_url
 
     @property
     def phase(self) -> str:
@@ -118,10 +132,12 @@ class Carrier:
         self._sparing: dict[tuple[str, str | None, str], Sparing] = {}
 
     async def carry(self, job: list[Held]) -> None:
-        if job[0].small:
-            await self._copy_list(job)
-        else:
+        if not job[0].small:
             await self._copy_one(job[0])
+        elif job[0].remote:
+            await self._copy_together(job)
+        else:
+            await self._copy_list(job)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -172,6 +188,22 @@ class Carrier:
         except Exception as error:  # noqa: BLE001  as above, for all of them
             results.update((place, error) for place in copies)
         return [results[place] for place in range(len(job))]
+
+    async def _copy_together(self, job: list[Held]) -> None:
+        """Several at a time, each for itself: its own sources in turn, its own outcome as soon as there is one."""
+        left = iter(job)
+
+        async def take_turns() -> None:
+            for held in left:
+                if held.alive:
+                    held.running = True
+                    await self._copy_one(held)
+                else:
+                    self._finish(held, None)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(REMOTE_AT_ONCE, len(job))):
+                group.create_task(take_turns())
 
     # ── one file ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -292,6 +324,8 @@ class Carrier:
             ) from error
 
     async def _opened(self, url: str, name: str, side: Side) -> Storage:
+        if (known := self._storages.known(url, name=name)) is not None:
+            return known
         return await asyncio.to_thread(self._open, url, name, side)  # finding out what a path really is may hang
 
     # ── what became of it ────────────────────────────────────────────────────────────────────────────────────────────

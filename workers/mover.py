@@ -98,7 +98,7 @@ class Mover:
         self._held: dict[tuple[int, int], Held] = {}
         self._waiting: deque[Held] = deque()
         self._waiting_bytes = 0
-        self._running = 0
+        self._running = self._running_large = 0
         self._outcomes: deque[wire.Outcome] = deque()
         self._told_space: dict[str, float] = {}
         self._collected: dict[str, float] = {}
@@ -270,33 +270,46 @@ class Mover:
                 self._work.clear()
                 await self._work.wait()
                 continue
+            large = not job[0].small
             self._running += 1
+            self._running_large += large
             try:
                 await self._carrier.carry(job)
             finally:
                 self._running -= 1
+                self._running_large -= large
 
     def _next_job(self) -> list[Held]:
-        """The first of the waiting; if it is small, those behind it that are too, up to a fair share of them."""
+        """The first of the waiting; if it is small, those behind it that may go with it, up to a fair share of them."""
         job: list[Held] = []
         size = 0
         share = min(LIST_FILES, math.ceil(len(self._waiting) / self.concurrency))
-        while self._waiting and not self._stopping:
-            held = self._waiting[0]
-            if job and not (held.small and len(job) < share and size + held.order.size <= LIST_BYTES):
-                break
-            self._waiting.popleft()
-            self._waiting_bytes -= held.order.size
+        passed: deque[Held] = deque()
+        only_small = self._only_small()
+        while self._waiting and not self._stopping and len(job) < share:
+            held = self._waiting.popleft()
             if not held.alive:
+                self._waiting_bytes -= held.order.size
                 self._finish(held, None)
                 continue
-            held.running = True
+            fits = not job or (held.pair == job[0].pair and size + held.order.size <= LIST_BYTES)
+            if not (fits and (held.small or not (job or only_small))):
+                passed.append(held)
+                continue
+            self._waiting_bytes -= held.order.size
+            held.running = not (held.small and held.remote)  # in a list of those, each begins when its turn comes
             job.append(held)
             size += held.order.size
             if not held.small:
                 break
+        self._waiting.extendleft(reversed(passed))
         self._room.set()
         return job
+
+    def _only_small(self) -> bool:
+        """All slots but this one carry large files, and small ones wait: they shall not wait for all of that."""
+        busy = 1 < self.concurrency <= self._running_large + 1
+        return busy and any(held.small for held in self._waiting)
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -31,10 +31,14 @@ class Storages:
         self._open: dict[str, Storage] = {}
         self._lock = threading.Lock()
 
-    def get(self, url: str, *, name: str, side: Side) -> Storage:
+    def known(self, url: str, *, name: str) -> Storage | None:
+        """One that is open already: nothing is waited for."""
         with self._lock:
             found = self._open.get(url)
-        if found is not None and found.name == name:
+        return found if found is not None and found.name == name else None
+
+    def get(self, url: str, *, name: str, side: Side) -> Storage:
+        if (found := self.known(url, name=name)) is not None:
             return found
         self._permit(url, name, side)
         storage = open_storage(url, name=name, credentials=self._credentials)

@@ -15,6 +15,7 @@ import pytest
 
 from replica.storage import chunks, faultpoints
 from replica.storage.base import PARTS, QUARANTINE
+from replica.storage.memory import MemoryStorage, behind, forget
 from workers import carrying
 from workers import mover as mover_module
 
@@ -63,6 +64,66 @@ async def test_many_small_files_arrive_and_are_reported_in_batches(centre, world
     assert len(centre.reports) < 100
     assert centre.calls["claim"] < 20
     assert parts(world) == []
+
+
+async def test_small_files_for_a_server_go_many_at_a_time_each_with_its_own_end(centre, world, running, monkeypatch):
+    store = MemoryStorage("mover-small", name="TARGET")
+    await store.prepare()
+    orders = [world.order(f"f{n}", b"%d" % n) for n in range(200)]
+    orders[7] = world.order("f7", b"7", sources=("SOURCE", "SECOND"), write_at=("SECOND",))
+    orders[9] = world.order("f9", b"9", write_at=())
+    orders[11] = world.order("f11", b"11", checksums={"sha256": "0" * 64})
+    (world.directory / "SOURCE/f7").unlink()
+    (world.directory / "SOURCE/f9").unlink()
+    for order in orders:
+        centre.add(msgspec.structs.replace(order, target_url=store.url))
+    now = most = 0
+
+    async def counted(*arguments: Any, copy: Any = carrying.copy_file, **more: Any) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        try:
+            await asyncio.sleep(0)
+            return await copy(*arguments, **more)
+        finally:
+            now -= 1
+
+    monkeypatch.setattr(carrying, "copy_file", counted)
+    await running(concurrency=1)
+    await centre.wait_for(200, 60)
+    assert most == carrying.REMOTE_AT_ONCE
+    outcomes = {centre.orders[o.transfer].target_path: o for o in centre.outcomes}
+    assert len(outcomes) == 200
+    assert outcomes["f7"].source_endpoint == "SECOND"
+    assert (outcomes["f9"].outcome, outcomes["f9"].error) == ("failed", "source_missing")
+    assert (outcomes["f11"].outcome, outcomes["f11"].side) == ("failed", "source")
+    assert sorted(path for path, o in outcomes.items() if o.outcome != "done") == ["f11", "f9"]
+    for n in {*range(200)} - {9, 11}:
+        assert behind("mover-small").get(f"f{n}") == b"%d" % n
+    assert len(centre.reports) < 50
+    forget("mover-small")
+
+
+async def test_large_files_leave_one_slot_to_small_ones(centre, world, running, monkeypatch):
+    go_on = asyncio.Event()
+
+    async def held_up(self: Any, held: Any, *, copy: Any = carrying.Carrier._copy_one, **more: Any) -> None:
+        if not held.small:
+            await go_on.wait()
+        await copy(self, held, **more)
+
+    monkeypatch.setattr(carrying.Carrier, "_copy_one", held_up)
+    for n in range(3):
+        centre.add(world.order(f"large{n}", LARGE))
+    for n in range(20):
+        centre.add(world.order(f"small{n}", b"%d" % n))
+    await running(concurrency=2)
+    await centre.wait_for(20)
+    assert {centre.orders[o.transfer].target_path[:5] for o in centre.outcomes} == {"small"}
+    go_on.set()
+    await centre.wait_for(23)
+    assert {o.outcome for o in centre.outcomes} == {"done"}
 
 
 async def test_a_large_file_arrives(centre, world, running):
