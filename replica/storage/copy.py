@@ -209,7 +209,7 @@ def _believes(source: Storage, target: Storage, expected: Expected | None) -> bo
     return (
         expected is not None
         and is_strong(expected.checksums)
-        and isinstance(source, SupportsFewQuestions)
+        and isinstance(source, SupportsFewQuestions | PosixStorage)
         and not isinstance(target, SupportsServerCopy)
     )
 
@@ -227,14 +227,15 @@ async def _carried(
 ) -> Copied:
     """Steps 2 to 7, with bytes that pass through here, or that the target's server fetched."""
     part = part_path(f"{tag}.{secrets.token_hex(6)}")
+    published = False
     try:
         algorithms = (*needed(expected), *await servercopy.digests_of(target))
         before: Stat | None = None
         if _believes(source, target, expected):
             assert expected is not None
-            assert isinstance(source, SupportsFewQuestions)
-            source.believed(source_path, expected.size_bytes)
             size_bytes = expected.size_bytes
+            if isinstance(source, SupportsFewQuestions):
+                source.believed(source_path, size_bytes)
         else:
             with blaming("source"):
                 before = await source.stat(source_path)
@@ -267,6 +268,7 @@ async def _carried(
             there = await publish_proven(target, part, target_path, exactly(hasher), control, before_publish)
             if there is not None:
                 return there
+            published = True
             faultpoints.reach("after_publish")
             return Copied(
                 hasher.size_bytes,
@@ -279,8 +281,9 @@ async def _carried(
     finally:
         # After a publish there is nothing of that name any more. A failure here hides no better error: what stays is
         # collected by age.
-        with suppress(ReplicaError):
-            await target.delete(part)
+        if not published:
+            with suppress(ReplicaError):
+                await target.delete(part)
 
 
 async def _hashed(
@@ -309,7 +312,8 @@ async def _other_size(source: Storage, path: str, size_bytes: int, before: Stat 
 
 
 async def _prove(target: Storage, part: str, hasher: Hasher, control: Control) -> str:
-    for known in hasher.checksums():
+    # A folder has no digest of its own, and need not be asked.
+    for known in () if isinstance(target, PosixStorage) else hasher.checksums():
         answered = await target.checksum(part, known.algorithm)
         if answered is not None:
             if answered.lower().rjust(len(known.value), "0") != known.value:

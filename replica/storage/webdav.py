@@ -61,6 +61,7 @@ from replica.storage.credentials import Settings
 from replica.storage.digests import WANTED, digests
 from replica.storage.faults import place
 from replica.storage.http_body import SMALL_BYTES, Body, pieces_of, spooled, whole
+from replica.storage.http_bulk import bulk
 from replica.storage.http_ranges import Changed, Spans, Wrong
 from replica.storage.http_session import Http, Timeouts
 from replica.storage.multistatus import QUESTION, QUOTA_QUESTION, Found, Multistatus, NotMultistatus, mtime_ns
@@ -339,28 +340,30 @@ class WebdavStorage:
                     response.close()  # whatever else comes on this connection belongs to no other question
                     raise self.error(Transient, path, str(error)) from None
 
-    async def _exactly(self, expected: int, response: aiohttp.ClientResponse, path: str) -> AsyncGenerator[bytes, None]:
+    async def _exactly(self, expected: int, response: aiohttp.ClientResponse, path: str) -> AsyncGenerator[Piece, None]:
         """The body, if it has that many bytes, and comes at a pace that ends some day."""
         now = asyncio.get_running_loop().time
         between = self.http.timeouts.between
         total = in_window = 0
         waited = 0.0
-        while True:
-            began = now()
-            piece = await response.content.readany()
-            if not piece:
-                break
-            total += len(piece)
-            in_window += len(piece)
-            waited += now() - began
-            if waited > between:
-                if in_window < _DRIP_BYTES:
-                    reason = f"{in_window} bytes in {waited:.0f} s"
-                    raise self.error(TimedOut, path, f"the server drips: {reason}", "look what it is busy with")
-                in_window, waited = 0, 0.0
-            if total > expected:
-                raise Wrong(f"the server sent more than the {expected} bytes of the range")
-            yield piece
+        pieces = bulk(response, expected, silent_seconds=between) or _any_pieces(response)
+        async with aclosing(pieces):
+            while True:
+                began = now()
+                piece = await anext(pieces, b"")
+                if not piece:
+                    break
+                total += len(piece)
+                in_window += len(piece)
+                waited += now() - began
+                if waited > between:
+                    if in_window < _DRIP_BYTES:
+                        reason = f"{in_window} bytes in {waited:.0f} s"
+                        raise self.error(TimedOut, path, f"the server drips: {reason}", "look what it is busy with")
+                    in_window, waited = 0, 0.0
+                if total > expected:
+                    raise Wrong(f"the server sent more than the {expected} bytes of the range")
+                yield piece
         if total != expected:
             raise Wrong(f"the body ended after {total} of {expected} bytes")
 
@@ -669,6 +672,11 @@ class WebdavStorage:
 
 async def _one_byte() -> AsyncIterator[Piece]:
     yield b"x"
+
+
+async def _any_pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[Piece, None]:
+    while piece := await response.content.readany():
+        yield piece
 
 
 _BYTES = {"Content-Type": "application/octet-stream"}

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
+from replica.storage import http_bulk, http_ranges
 from replica.storage.base import part_path
 from replica.storage.conformance import listed, read_all, refusal, write
 from replica.storage.copy import copy_file
@@ -31,6 +32,7 @@ from rules.errors import (
     Transient,
     Unreachable,
 )
+from tests.replica.storage.places import open_descriptors
 
 TOKEN = "very-secret-token"
 CONTENT = bytes(range(256)) * 1024
@@ -156,7 +158,10 @@ _HEAD = (
         (lambda _: web.Response(status=500, text=f"token {TOKEN} no space left on device"), NoSpace),
     ],
 )
-async def test_a_wrong_answer_is_an_error_and_never_content(make, error):
+@pytest.mark.parametrize("straight", [False, True])
+async def test_a_wrong_answer_is_an_error_and_never_content(make, error, straight, monkeypatch):
+    """`straight`: taken from the socket, as large ones are."""
+    monkeypatch.setattr(http_bulk, "BULK_BYTES", 1 if straight else 1 << 30)
     async with serving(on_get(make)) as storage:
         failed = await refusal(error, lambda: read_all(storage, "f"))
         assert TOKEN not in failed.message + failed.hint
@@ -164,9 +169,53 @@ async def test_a_wrong_answer_is_an_error_and_never_content(make, error):
         assert failed.path == "f"
 
 
-async def test_a_good_answer_is_content():
+async def test_a_good_answer_is_content(monkeypatch):
     async with serving(on_get(lambda _: None)) as storage:
         assert await read_all(storage, "f") == CONTENT
+        monkeypatch.setattr(http_bulk, "BULK_BYTES", 1)
+        monkeypatch.setattr(http_bulk, "_PIECE_BYTES", 1000)
+        assert await read_all(storage, "f") == CONTENT
+        assert await read_all(storage, "f") == CONTENT
+
+
+async def test_a_large_answer_that_nobody_wants_any_more_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(http_bulk, "BULK_BYTES", 1)
+    monkeypatch.setattr(http_bulk, "_PIECE_BYTES", 1000)
+    before = open_descriptors()
+    async with serving(on_get(raw(_HEAD, CONTENT[:5000], then="hang"))) as storage:
+        pieces = storage.read("f")
+        assert len(await anext(pieces)) > 0
+        await pieces.aclose()
+        reading = asyncio.create_task(read_all(storage, "f"))
+        await asyncio.sleep(0.05)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    assert open_descriptors() <= before
+
+
+async def test_a_large_file_is_read_in_ranges_of_one_and_the_same_file(monkeypatch):
+    """XRootD announces a range of 2 GiB with no bytes at all, and sends it into the answer to the next question."""
+    monkeypatch.setattr(http_ranges, "SPAN_BYTES", 100_000)
+    changes = {}
+
+    def part(request):
+        first, last = (int(n) for n in request.headers["Range"].removeprefix("bytes=").split("-"))
+        total = len(CONTENT) + (1 if first and changes.get("size") else 0)
+        etag = '"two"' if first and changes.get("etag") else '"one"'
+        told = f"bytes {first}-{last}/{total}"
+        return _part(CONTENT[first : last + 1], content_range=told, ETag=etag)
+
+    async with serving(on_get(part)) as storage:
+        storage.believed("f", len(CONTENT))
+        assert await read_all(storage, "f") == CONTENT
+        asked = [r.headers["Range"] for r in storage.seen]
+        assert asked == ["bytes=0-99999", "bytes=100000-199999", "bytes=200000-262143"]
+        assert await read_all(storage, "f", 50_000, 120_000) == CONTENT[50_000:170_000]
+        for what in ("size", "etag"):
+            changes[what] = True
+            await refusal(SourceChanged, lambda: read_all(storage, "f"))
+            changes.clear()
 
 
 async def test_busy_tells_when_to_come_back():
@@ -454,3 +503,17 @@ async def test_https_needs_a_trusted_authority_and_passwords_are_sent(apache, xr
     )
     await known.prepare()
     await known.close()
+
+
+async def test_files_beyond_two_gibibytes_can_be_read_from_xrootd(xrootd):
+    """All of one, in pieces that nobody keeps: it has holes, but for its last byte."""
+    storage = WebdavStorage(f"{xrootd.url_http}/beyond", name="dav")
+    await storage.prepare()
+    with xrootd.put("beyond/f", b"").open("r+b") as file:
+        file.seek(2 << 30)
+        file.write(b"x")
+    total, last = 0, b""
+    async for piece in storage.read("f"):
+        total, last = total + len(piece), bytes(piece[-1:])
+    assert (total, last) == ((2 << 30) + 1, b"x")
+    await storage.close()
