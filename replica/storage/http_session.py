@@ -34,6 +34,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http import HTTPStatus
 from types import SimpleNamespace
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -101,6 +102,7 @@ class Http:
         self.base = f"{self.scheme}://{split.netloc}{self.base_path}"
         self._elsewhere = _hosts(settings.get("redirects", ""))
         self._insecure = settings.get("insecure", "").lower() == "yes"
+        self._has_secret = not settings.keys().isdisjoint(("token", "token_file", "user"))
         self._ssl: ssl.SSLContext | None = None
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
         self._lock = threading.Lock()
@@ -263,7 +265,7 @@ class Http:
         return Party(url, self.pool().session, self._authorization(url, path), elsewhere)
 
     def _authorization(self, url: str, path: str) -> dict[str, str]:
-        if not self.is_own(url):
+        if not (self._has_secret and self.is_own(url)):
             return {}
         try:
             if token := secret(self._settings, "token"):
@@ -300,6 +302,8 @@ class Http:
             )
 
     def _refuse_plain(self, url: str, path: str) -> None:
+        if url.startswith("https://"):
+            return
         split = urlsplit(url)
         if split.scheme == "http" and not self._insecure and not _is_this_machine(split.hostname or ""):
             raise self._forbidden(
@@ -396,6 +400,7 @@ def _hosts(text: str) -> frozenset[tuple[str, int | None]]:
     return frozenset(hosts)
 
 
+@lru_cache(maxsize=1000)
 def _is_this_machine(host: str) -> bool:
     if host.lower() == "localhost":
         return True
