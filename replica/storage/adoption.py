@@ -2,8 +2,9 @@
 
 Given     a storage, a path, and what the bytes should be.
 Returns   Copied for bytes that were there before us; None where there is room.
-Promises  bytes are read before they are believed; wrong ones are moved to quarantine, never deleted, and only after
-          `permit` was asked; nothing is ever replaced.
+Promises  bytes are read before they are believed; wrong ones are moved to quarantine, never deleted, only after
+          `permit` was asked, and only if they were seen twice, the same: else a good file would be moved away for what
+          a network, or a page of somebody else's, told of it once. Nothing is ever replaced.
 Partner   replica.storage.copy, chunked and repair.
 """
 
@@ -15,7 +16,7 @@ from functools import partial
 
 from replica.storage.base import Storage
 from replica.storage.copy_local import adopt_local, measure_local, refuse_same_local
-from replica.storage.faults import blaming
+from replica.storage.faults import blaming, place
 from replica.storage.hashing import Hasher
 from replica.storage.judging import (
     COPYING,
@@ -32,7 +33,7 @@ from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
 from replica.storage.threads import run
 from rules.checksums import Agreement, Checksums
-from rules.errors import Invalid, SourceMissing, TargetExists
+from rules.errors import Invalid, SourceMissing, TargetExists, Transient
 
 
 async def adopt(
@@ -60,13 +61,15 @@ async def adopt(
                 on_cancel=control.stop,
             )
         try:
-            found = await target.stat(target_path)
-            if found.size_bytes == expected.size_bytes:
-                control.phase = "verifying"
-                size, checksums = await measure_by(target, target_path, algorithms, control)
-                if checksums.compare(expected.checksums) is Agreement.AGREE:
+            found = None
+            for _ in range(2):
+                earlier, found = found, await _seen(target, target_path, expected, algorithms, control)
+                size, checksums = found
+                if checksums is not None and checksums.compare(expected.checksums) is Agreement.AGREE:
                     return Copied(size, checksums, True, time.perf_counter() - began, "read back")
-            control.check()
+                control.check()
+            if found != earlier:
+                raise _unsteady(target, target_path)
             if permit is not None:
                 permit()
             await target.quarantine(target_path)
@@ -75,6 +78,27 @@ async def adopt(
         finally:
             control.phase = "moving"
     return None
+
+
+async def _seen(
+    target: Storage, path: str, expected: Expected, algorithms: Sequence[str], control: Control
+) -> tuple[int, Checksums | None]:
+    """What is there; of another size, it need not be read."""
+    size_bytes = (await target.stat(path)).size_bytes
+    if size_bytes != expected.size_bytes:
+        return size_bytes, None
+    control.phase = "verifying"
+    return await measure_by(target, path, algorithms, control)
+
+
+def _unsteady(target: Storage, path: str) -> Transient:
+    return Transient(
+        f"{place(target.name, path)}: what has the name reads differently each time",
+        hint="something between here and the disk changes bytes: look at its network, memory and controller",
+        endpoint=target.name,
+        path=path,
+        side="target",
+    )
 
 
 async def measure(storage: Storage, path: str, *, control: Control | None = None) -> tuple[int, Checksums]:

@@ -13,6 +13,7 @@ Partner   replica.storage.registry hands the settings to an adapter, whose docst
     ["s3+https://s3.hzdr.de/beamtimes"]
     access_key_id = "replica"
     secret_access_key_file = "/etc/replica/hzdr.key"
+    quiet_seconds = "300"    # how long this server may be silent: any of WebDAV, S3, SFTP and root://
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _SAME = {"davs": "https", "dav": "http"}
 _PORTS = {"https": 443, "http": 80, "s3+https": 443, "s3+http": 80, "sftp": 22, "root": 1094, "roots": 1094}
 _FILE = "_file"
 _SIZE_MAX = 64 * 1024
+_SECONDS_MAX = 86_400
 
 
 class Credentials:
@@ -109,6 +111,24 @@ def secret(settings: Settings, key: str) -> str | None:
             hint="the credentials file of this worker names it",
             field=key,
         ) from None
+
+
+def seconds_in(settings: Settings, key: str) -> float | None:
+    """How long a setting allows; None: it does not say. Invalid: no such time."""
+    text = settings.get(key)
+    if text is None:
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0.1 <= found <= _SECONDS_MAX:
+        raise Invalid(
+            f"{key} = {shown(text)} in the credentials file is not a number of seconds from 0.1 to {_SECONDS_MAX}",
+            hint=f'write {key} = "60"',
+            field=key,
+        )
+    return found
 
 
 def _parts(url: str) -> tuple[str, ...]:

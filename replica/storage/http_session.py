@@ -14,6 +14,8 @@ Settings read here, all optional:
     user, password(_file)         or a name and password
     ca_file                       certificates of the authorities to trust, besides the system's (PEM)
     redirects                     further hosts this server may send us to: "pool1.example.org pool2.example.org:8443"
+    quiet_seconds                 how long the server may be silent; without it 120 before an answer, 60 within
+    digest_seconds                how long it may compute a digest: 3600
     insecure = "yes"              plain http to another machine: bytes and secrets can be read and changed on the way
 
 Connections belong to an event loop, a storage does not: every loop that asks gets a pool of its own, made at its first
@@ -33,7 +35,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -43,7 +45,7 @@ import aiohttp
 from yarl import URL
 
 from replica.storage.base import Party
-from replica.storage.credentials import Settings, secret
+from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.faults import place
 from replica.storage.http_body import Body
 from replica.storage.http_faults import refused, translated_http
@@ -71,6 +73,20 @@ class Timeouts:
     digest: float = 3600.0  #: a server that reads a large file to compute one
     expect: float = 5.0  #: for "100 Continue", before the body is sent without it
 
+    @classmethod
+    def of(cls, settings: Settings) -> Timeouts:
+        """As the settings say; where they say nothing, as above."""
+        usual, quiet, digest = cls(), seconds_in(settings, "quiet_seconds"), seconds_in(settings, "digest_seconds")
+        if quiet is None:
+            return usual if digest is None else replace(usual, digest=digest)
+        return cls(
+            connect=min(usual.connect, quiet),
+            first_byte=quiet,
+            between=quiet,
+            digest=digest or usual.digest,
+            expect=min(usual.expect, quiet),
+        )
+
 
 @dataclass(slots=True)
 class Pool:
@@ -91,7 +107,7 @@ class Http:
     def __init__(self, url: str, settings: Settings, *, name: str = "", timeouts: Timeouts | None = None) -> None:
         split = urlsplit(url)
         self.name = name
-        self.timeouts = timeouts or Timeouts()
+        self.timeouts = timeouts or Timeouts.of(settings)
         self._settings = settings
         self.scheme = "https" if split.scheme in ("https", "davs") else "http"
         self.origin = _origin(split._replace(scheme=self.scheme))

@@ -16,7 +16,7 @@ from functools import partial
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from replica.storage.base import Storage
-from replica.storage.credentials import Credentials, Settings, secret
+from replica.storage.credentials import Credentials, Settings, seconds_in, secret
 from rules.errors import Invalid
 from rules.names import shown
 
@@ -176,7 +176,13 @@ def _xrootd(given: Given, no: Refusal) -> Storage:
         )
     token = partial(secret, given.settings, "token")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    server = Server(f"{host}{port}", secure=secure, name=given.name, token=token)
+    server = Server(
+        f"{host}{port}",
+        secure=secure,
+        name=given.name,
+        token=token,
+        ask_seconds=seconds_in(given.settings, "quiet_seconds"),
+    )
     return XRootDStorage(server, root, name=given.name, url=given.url)
 
 

@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 from xml.etree import ElementTree
 
 from replica.storage.base import Piece
-from replica.storage.credentials import Settings, secret
+from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.faults import from_os_error, place
 from rules.errors import (
     Busy,
@@ -162,6 +162,7 @@ class Wire:
         self.server = server
         self.name = name
         self._settings = settings
+        self._quiet = seconds_in(settings, "quiet_seconds")
         self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = WeakKeyDictionary()
 
     async def call(
@@ -174,7 +175,7 @@ class Wire:
         headers: Mapping[str, str] | None = None,
         body: Piece | bytearray = b"",
         returned: Sequence[int] = (),
-        quiet_seconds: float = _QUIET_SECONDS,
+        quiet_seconds: float | None = None,
     ) -> Answer:
         """One request with its whole answer. Refusals raise, but for the statuses in `returned`."""
         async with self._send(method, key, path, query, headers or {}, body, quiet_seconds) as response:
@@ -190,7 +191,7 @@ class Wire:
         self, key: str, *, path: str, headers: Mapping[str, str], returned: Sequence[int] = ()
     ) -> AsyncIterator[tuple[Answer, AsyncIterator[bytes]]]:
         """GET with the body piece by piece."""
-        async with self._send("GET", key, path, (), headers, b"", _QUIET_SECONDS) as response:
+        async with self._send("GET", key, path, (), headers, b"", None) as response:
             answer = Answer(response.status, response.headers)
             if response.status >= 300 and response.status not in returned:
                 content = await self._document(response, path)
@@ -226,7 +227,7 @@ class Wire:
         query: Sequence[tuple[str, str]],
         headers: Mapping[str, str],
         body: Piece | bytearray,
-        quiet_seconds: float,
+        quiet_seconds: float | None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         import aiohttp
         from yarl import URL
@@ -235,6 +236,7 @@ class Wire:
         if query:
             url += "?" + "&".join(f"{quoted(name, '')}={quoted(value, '')}" for name, value in sorted(query))
         signed = await self._signed(method, url, headers, body)
+        quiet = quiet_seconds or self._quiet or _QUIET_SECONDS
         try:
             async with self._session().request(
                 method,
@@ -242,7 +244,7 @@ class Wire:
                 headers=signed,
                 data=_Pieces(body) if len(body) > _PIECE_BYTES else body or None,
                 allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=quiet_seconds),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=quiet),
             ) as response:
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

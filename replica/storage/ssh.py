@@ -4,6 +4,7 @@ Given     host, port and root folder of a URL, and the settings of replica.stora
               user                 required
               key_file             a private key in a file; key_passphrase(_file) if it is encrypted
               password(_file)      instead of a key, or after it
+              quiet_seconds        how long one answer may take; without it 120
               known_hosts_file     who the server must be; without it the user's ~/.ssh/known_hosts and the machine's
                                    /etc/ssh/ssh_known_hosts
 Returns   Session: one SFTP channel, whose requests take absolute paths as bytes.
@@ -30,7 +31,7 @@ from weakref import WeakKeyDictionary
 
 import asyncssh
 
-from replica.storage.credentials import Settings, secret
+from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.gathering import Gathering
 from replica.storage.sftp_faults import from_ssh, from_unexpected
 from replica.storage.threads import in_thread
@@ -65,7 +66,8 @@ logging.getLogger("asyncssh").setLevel(logging.WARNING)
 class Session:
     """One SFTP channel. Errors are those of sftp_faults; `path` in them is the caller's, set by `about`."""
 
-    def __init__(self, client: asyncssh.SFTPClient, endpoint: str) -> None:
+    def __init__(self, client: asyncssh.SFTPClient, endpoint: str, *, answer_seconds: float | None = None) -> None:
+        self.answer_seconds = answer_seconds or ANSWER_SECONDS
         self._client = client
         self._endpoint = endpoint
         self._closing: set[asyncio.Task[None]] = set()
@@ -78,10 +80,10 @@ class Session:
         #: Bytes of one read or write request: what the server allows, or 16 KiB.
         self.block_bytes = min(client.limits.max_read_len, client.limits.max_write_len) or 16384
 
-    async def ask(self, request: Awaitable[T], path: str, seconds: float = ANSWER_SECONDS) -> T:
+    async def ask(self, request: Awaitable[T], path: str, seconds: float | None = None) -> T:
         """The answer to one request."""
         with self.about(path):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds or self.answer_seconds):
                 return await request
 
     @contextmanager
@@ -159,7 +161,7 @@ class Session:
 
         async def close() -> None:
             with suppress(asyncssh.Error, OSError, ValueError):
-                await asyncio.wait_for(file.close(), ANSWER_SECONDS)
+                await asyncio.wait_for(file.close(), self.answer_seconds)
 
         if self.alive:
             task = asyncio.get_running_loop().create_task(close())
@@ -216,6 +218,8 @@ class Connections:
     def __init__(self, host: str, port: int, settings: Settings, *, endpoint: str, url: str) -> None:
         self._host, self._port, self._settings = host, port, settings
         self._endpoint, self._url = endpoint, url
+        self._quiet = seconds_in(settings, "quiet_seconds")
+        self._connect_seconds = min(CONNECT_SECONDS, self._quiet or CONNECT_SECONDS)
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = WeakKeyDictionary()
         self._guard = threading.Lock()
 
@@ -260,8 +264,9 @@ class Connections:
 
     async def _start(self, connection: asyncssh.SSHClientConnection) -> Session:
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                return Session(await connection.start_sftp_client(), self._endpoint)
+            async with asyncio.timeout(self._connect_seconds):
+                client = await connection.start_sftp_client()
+                return Session(client, self._endpoint, answer_seconds=self._quiet)
         except (asyncssh.SFTPError, asyncssh.Error, OSError) as error:
             raise self._unreachable("it gives us no SFTP session", error) from error
 
@@ -279,9 +284,9 @@ class Connections:
                 client_host_keysign=False,
                 gss_host=None,
                 encryption_algs=_CIPHERS,
-                connect_timeout=CONNECT_SECONDS,
-                login_timeout=CONNECT_SECONDS,
-                keepalive_interval=KEEPALIVE_SECONDS,
+                connect_timeout=self._connect_seconds,
+                login_timeout=self._connect_seconds,
+                keepalive_interval=min(KEEPALIVE_SECONDS, self._quiet or KEEPALIVE_SECONDS),
                 keepalive_count_max=3,
                 **options,
             )

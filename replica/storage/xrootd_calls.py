@@ -24,7 +24,8 @@ from urllib.parse import quote
 
 from rules.errors import Forbidden, StorageError, TimedOut, Unreachable
 
-#: A question about names. What takes longer as a file is larger gets more (`_seconds`).
+#: A question about names, unless the setting `quiet_seconds` says else. What takes longer as a file is larger gets
+#: more (`_seconds`).
 ASK_SECONDS = 30
 _BYTES_A_SECOND = 10 << 20
 
@@ -77,8 +78,15 @@ class Found:
 
 class Server:
     def __init__(
-        self, address: str, *, secure: bool = False, name: str = "", token: Callable[[], str | None] | None = None
+        self,
+        address: str,
+        *,
+        secure: bool = False,
+        name: str = "",
+        token: Callable[[], str | None] | None = None,
+        ask_seconds: float | None = None,
     ) -> None:
+        self._ask_seconds = ask_seconds
         self.base = f"{'roots' if secure else 'root'}://{address}/"
         self.name = name
         self._token = token
@@ -112,7 +120,7 @@ class Server:
 
     def query(self, what: str, argument: str, *, size_bytes: int = 0) -> str:
         code = getattr(self._flags().QueryCode, what)
-        answer = self._ask("query", code, argument, seconds=_seconds(size_bytes))
+        answer = self._ask("query", code, argument, seconds=self._seconds(size_bytes))
         return bytes(answer or b"").rstrip(b"\0\n").decode("utf-8", "replace")
 
     def checksum(self, path: str, algorithm: str, size_bytes: int) -> str:
@@ -133,25 +141,32 @@ class Server:
         file = self._client().File()
         for recovery in ("ReadRecovery", "WriteRecovery"):
             _owned(file.set_property(recovery, "false"))
-        self._checked(file.open(self.base + self._with(path), flags, mode, ASK_SECONDS))
+        self._checked(file.open(self.base + self._with(path), flags, mode, self.ask_seconds))
         return file
 
     def read(self, file: Any, offset: int, length: int) -> bytes:
-        return self._checked(file.read(offset, length, _seconds(length))) or b""
+        return self._checked(file.read(offset, length, self._seconds(length))) or b""
 
     def write(self, file: Any, offset: int, content: bytes) -> None:
-        self._checked(file.write(content, offset, len(content), _seconds(len(content))))
+        self._checked(file.write(content, offset, len(content), self._seconds(len(content))))
 
     def sync(self, file: Any, size_bytes: int) -> None:
-        self._checked(file.sync(_seconds(size_bytes)))
+        self._checked(file.sync(self._seconds(size_bytes)))
 
     def close(self, file: Any) -> None:
-        self._checked(file.close(ASK_SECONDS))
+        self._checked(file.close(self.ask_seconds))
 
     # ── the library ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _ask(self, verb: str, *arguments: Any, seconds: int = ASK_SECONDS) -> Any:
-        return self._checked(getattr(self._filesystem(), verb)(*arguments, timeout=seconds))
+    def _ask(self, verb: str, *arguments: Any, seconds: int = 0) -> Any:
+        return self._checked(getattr(self._filesystem(), verb)(*arguments, timeout=seconds or self.ask_seconds))
+
+    @property
+    def ask_seconds(self) -> int:
+        return max(1, round(self._ask_seconds or ASK_SECONDS))
+
+    def _seconds(self, size_bytes: int) -> int:
+        return self.ask_seconds + size_bytes // _BYTES_A_SECOND
 
     def _with(self, path: str, *more: str) -> str:
         token = self._token() if self._token is not None else None
@@ -204,10 +219,6 @@ class Server:
 def _owned(answer: bool) -> None:
     """The library (6.2.1) gives True away without counting it; some thousand times, and Python 3.11 dies of it."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(answer))
-
-
-def _seconds(size_bytes: int) -> int:
-    return ASK_SECONDS + size_bytes // _BYTES_A_SECOND
 
 
 def _without_cgi(text: str) -> str:
