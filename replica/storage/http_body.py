@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import IO
 
 from replica.storage.base import Piece
@@ -21,6 +22,9 @@ from rules.errors import SourceChanged
 PIECE_BYTES = 1 << 20
 #: Bodies up to here are held in memory: they can be sent again after a redirect, and need no "100 Continue".
 SMALL_BYTES = 1 << 20
+#: Less than this in the seconds allowed is a server that drips.
+_DRIP_BYTES = 1 << 16
+_OVER_SECONDS = 10.0
 _SPOOL_BYTES_MAX = 16 << 20
 
 
@@ -36,6 +40,7 @@ class Body:
         self._chunks = chunks
         self._deadline: asyncio.Timeout | None = None
         self._between = self._after = 0.0
+        self._over = asyncio.Event()
 
     def watch(self, deadline: asyncio.Timeout, between: float, after: float) -> None:
         """`deadline` is moved: `between` seconds for each piece to be taken, `after` seconds for the answer."""
@@ -54,11 +59,38 @@ class Body:
         except Exception as error:
             self.error = error
             raise
+        finally:
+            self._over.set()
+
+    async def over(self) -> None:
+        """Wait until nobody takes pieces any more. A server that answers before it has read all of a body leaves
+        aiohttp asking for the next piece, while the source is being closed."""
+        if self.started:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_OVER_SECONDS):
+                    await self._over.wait()
 
     def _allow(self, seconds: float | None) -> None:
         if self._deadline is not None and not self._deadline.expired():
             now = asyncio.get_running_loop().time()
             self._deadline.reschedule(None if seconds is None else now + seconds)
+
+
+async def paced(pieces: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """The pieces of an answer, at a pace that ends some day. TimeoutError: in so many seconds of waiting for them came
+    less than 64 KiB. Time that is spent with a piece does not count."""
+    now = asyncio.get_running_loop().time
+    in_window, waited = 0, 0.0
+    began = now()
+    async for piece in pieces:
+        in_window += len(piece)
+        waited += now() - began
+        if waited > seconds:
+            if in_window < _DRIP_BYTES:
+                raise TimeoutError
+            in_window, waited = 0, 0.0
+        yield piece
+        began = now()
 
 
 async def joined(chunks: AsyncIterator[Piece], size_bytes: int) -> AsyncIterator[bytes]:

@@ -150,11 +150,15 @@ class Http:
         """
         may_resend = method in _IDEMPOTENT if resend is None else resend
         with translated_http(self.name, path, method):
-            response = await self._follow(method, url, path, dict(headers or {}), body, seconds, may_resend)
             try:
-                yield response
+                response = await self._follow(method, url, path, dict(headers or {}), body, seconds, may_resend)
+                try:
+                    yield response
+                finally:
+                    response.release()  # closes the connection if the body was not read to its end
             finally:
-                response.release()  # closes the connection if the body was not read to its end
+                if isinstance(body, Body):
+                    await body.over()
 
     async def check(self, response: aiohttp.ClientResponse, path: str, *good: int) -> None:
         """Raise what the status means, unless it is one of `good`."""

@@ -98,7 +98,7 @@ class Multistatus:
     def _parse(self, part: bytes, last: bool) -> None:
         try:
             self._parser.Parse(part, last)
-        except expat.ExpatError as error:
+        except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
             raise NotMultistatus(f"it is not XML: {error}") from None
 
     def _refuse(self, *_: object) -> None:

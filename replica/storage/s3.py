@@ -330,7 +330,10 @@ class S3Storage:
             return True
         headers |= {"x-amz-copy-source": quoted(place), "x-amz-copy-source-if-match": etag}
         headers["x-amz-metadata-directive"] = "REPLACE"
-        copied = await self._wire.call("PUT", key, path=temporary, headers=headers, returned=(412,), quiet_seconds=600)
+        patience = self._wire.patience(expected.size_bytes)
+        copied = await self._wire.call(
+            "PUT", key, path=temporary, headers=headers, returned=(412,), quiet_seconds=patience
+        )
         if copied.status == 412:
             raise _changed(source.name, path)
         return True

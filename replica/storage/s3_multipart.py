@@ -158,7 +158,8 @@ async def copy_in_parts(
             query = [("partNumber", str(number)), ("uploadId", name)]
 
             async def once() -> str:
-                answer = await wire.call("PUT", key, path=path, query=query, headers=asked, quiet_seconds=600)
+                patience = wire.patience(last + 1 - at)
+                answer = await wire.call("PUT", key, path=path, query=query, headers=asked, quiet_seconds=patience)
                 found = text_of(answer.document(), "ETag") if answer.body else ""
                 if not found:
                     raise Permanent("the server does not copy parts", endpoint=wire.name, path=path)
@@ -257,7 +258,7 @@ async def complete(
             f"{listed}</CompleteMultipartUpload>"
         ).encode(),
         returned=returned,
-        quiet_seconds=600,
+        quiet_seconds=wire.patience(),
     )
     return answer.status
 

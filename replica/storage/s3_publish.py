@@ -54,9 +54,8 @@ FLAGS = f"{OWN}/publishing"
 #: Metadata of every object that we write: which temporary it was.
 MARK = "x-amz-meta-replica-part"
 FLAG_SECONDS_MAX = 3600.0
-#: From raising the flag to the request that copies; and how long the server may be silent while it copies.
+#: From raising the flag to the request that copies.
 _RAISED_SECONDS_MAX = 60.0
-_COPY_QUIET_SECONDS = 600.0
 _COPY_SECONDS_MAX = FLAG_SECONDS_MAX / 2
 _WAIT_SECONDS_MAX = 30.0
 _NEW = {"If-None-Match": "*"}
@@ -155,7 +154,12 @@ class Publisher:
             **condition,
         }
         answer = await self._wire.call(
-            "PUT", key, path=path, headers=headers, returned=(409, 412), quiet_seconds=_COPY_QUIET_SECONDS
+            "PUT",
+            key,
+            path=path,
+            headers=headers,
+            returned=(409, 412),
+            quiet_seconds=self._wire.patience(written.size_bytes),
         )
         if answer.status == 412 and not condition:
             raise _changed(self._wire.name, path)

@@ -30,6 +30,7 @@ from xml.etree import ElementTree
 from replica.storage.base import Piece
 from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.faults import from_os_error, place
+from replica.storage.http_body import paced
 from rules.errors import (
     Busy,
     Forbidden,
@@ -52,6 +53,7 @@ _CONNECT_SECONDS = 10.0
 #: Silence on an open connection. A server that copies a large object sends white space meanwhile, or does not: see
 #: `quiet_seconds` of a call.
 _QUIET_SECONDS = 60.0
+_COPIED_BYTES_A_SECOND = 1 << 20
 _CONNECTIONS = 64
 _UNSIGNED = "UNSIGNED-PAYLOAD"
 
@@ -179,7 +181,8 @@ class Wire:
     ) -> Answer:
         """One request with its whole answer. Refusals raise, but for the statuses in `returned`."""
         async with self._send(method, key, path, query, headers or {}, body, quiet_seconds) as response:
-            content = b"" if method == "HEAD" else await self._document(response, path)
+            quiet = quiet_seconds or self._quiet or _QUIET_SECONDS
+            content = b"" if method == "HEAD" else await self._document(response, path, quiet)
             code = _code(content)
             answer = Answer(response.status, response.headers, content, code)
             if (response.status >= 300 or code) and response.status not in returned:
@@ -194,9 +197,14 @@ class Wire:
         async with self._send("GET", key, path, (), headers, b"", None) as response:
             answer = Answer(response.status, response.headers)
             if response.status >= 300 and response.status not in returned:
-                content = await self._document(response, path)
+                content = await self._document(response, path, self._quiet or _QUIET_SECONDS)
                 raise self.refusal(Answer(response.status, response.headers, content, _code(content)), path)
-            yield answer, response.content.iter_chunked(_PIECE_BYTES)
+            yield answer, paced(response.content.iter_chunked(_PIECE_BYTES), self._quiet or _QUIET_SECONDS)
+
+    def patience(self, size_bytes: int | None = None) -> float:
+        """How long the server may be silent while it copies so much, or while it puts parts together."""
+        quiet = self._quiet or _QUIET_SECONDS
+        return 10 * quiet if size_bytes is None else min(10 * quiet, quiet + size_bytes / _COPIED_BYTES_A_SECOND)
 
     def presigned(self, key: str, seconds: int) -> str:
         """A URL that lets whoever holds it read this object for so long. It is a secret."""
@@ -307,9 +315,9 @@ class Wire:
 
     # ── understanding ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _document(self, response: aiohttp.ClientResponse, path: str) -> bytes:
+    async def _document(self, response: aiohttp.ClientResponse, path: str, quiet: float) -> bytes:
         content = bytearray()
-        async for piece in response.content.iter_chunked(_PIECE_BYTES):
+        async for piece in paced(response.content.iter_chunked(_PIECE_BYTES), quiet):
             content += piece
             if len(content) > _DOCUMENT_BYTES_MAX:
                 raise Transient(

@@ -142,13 +142,15 @@ class XRootDStorage:
 
     def _reach(self) -> None:
         """Unreachable, if the folder is not the endpoint's: the disk behind it is not mounted, or is another's."""
-        try:
-            found = self.server.stat(self._at(SENTINEL))
-            if f"{found.identity}-{found.mtime_ns}" == self._seen:
-                return
-            owner = self._owner()
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._gone(f"{self.root or '/'} has no file {SENTINEL}; its disk is perhaps not mounted") from None
+        with translated(self.name, SENTINEL):
+            try:
+                found = self.server.stat(self._at(SENTINEL))
+                if f"{found.identity}-{found.mtime_ns}" == self._seen:
+                    return
+                owner = self._owner()
+            except (FileNotFoundError, NotADirectoryError):
+                missing = f"{self.root or '/'} has no file {SENTINEL}; its disk is perhaps not mounted"
+                raise self._gone(missing) from None
         if is_anothers(owner, self.name):
             raise self._gone(f"{self.root or '/'} belongs to the endpoint {owner}")
         self._seen = f"{found.identity}-{found.mtime_ns}"

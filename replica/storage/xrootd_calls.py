@@ -89,6 +89,8 @@ class Server:
         self._ask_seconds = ask_seconds
         self.base = f"{'roots' if secure else 'root'}://{address}/"
         self.name = name
+        self._label = name or self.base
+        self._connection = 0
         self._token = token
         self._library: Any = None
         self._opening = threading.Lock()
@@ -141,25 +143,54 @@ class Server:
         file = self._client().File()
         for recovery in ("ReadRecovery", "WriteRecovery"):
             _owned(file.set_property(recovery, "false"))
-        self._checked(file.open(self.base + self._with(path), flags, mode, self.ask_seconds))
+        self._wait(file.open, self.base + self._with(path), flags, mode, seconds=self.ask_seconds, of=file)
         return file
 
     def read(self, file: Any, offset: int, length: int) -> bytes:
-        return self._checked(file.read(offset, length, self._seconds(length))) or b""
+        return self._wait(file.read, offset, length, seconds=self._seconds(length), of=file) or b""
 
     def write(self, file: Any, offset: int, content: bytes) -> None:
-        self._checked(file.write(content, offset, len(content), self._seconds(len(content))))
+        self._wait(file.write, content, offset, len(content), seconds=self._seconds(len(content)), of=file)
 
     def sync(self, file: Any, size_bytes: int) -> None:
-        self._checked(file.sync(self._seconds(size_bytes)))
+        self._wait(file.sync, seconds=self._seconds(size_bytes), of=file)
 
     def close(self, file: Any) -> None:
-        self._checked(file.close(self.ask_seconds))
+        self._wait(file.close, seconds=self.ask_seconds, of=file)
 
     # ── the library ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, verb: str, *arguments: Any, seconds: int = 0) -> Any:
-        return self._checked(getattr(self._filesystem(), verb)(*arguments, timeout=seconds or self.ask_seconds))
+        system = self._filesystem()
+        return self._wait(getattr(system, verb), *arguments, seconds=seconds or self.ask_seconds, of=system)
+
+    def _wait(self, verb: Callable[..., Any], *arguments: Any, seconds: int, of: Any) -> Any:
+        """The answer to one request, for which we wait by ourselves: the library waits for ever for the rest of an
+        answer of which it has got a part."""
+        answered = threading.Event()
+        answers: list[tuple[Any, Any]] = []
+
+        def tell(status: Any, value: Any, _: Any) -> None:
+            answers.append((status, value))
+            answered.set()
+
+        begun = verb(*arguments, timeout=seconds, callback=tell)
+        if not begun.ok:
+            return self._checked((begun, None))
+        if not answered.wait(seconds + _GRACE_SECONDS):
+            self._start_anew(of, arguments)
+            raise self._problem(TimedOut, "it stopped in the middle of an answer", "see whether it is overloaded")
+        return self._checked(answers[0])
+
+    def _start_anew(self, *stuck: Any) -> None:
+        """Our next requests go by another connection, which the library makes for another user name. What is stuck is
+        never freed: that would wait for the server too, and hold up the whole process."""
+        with self._opening:
+            _stuck.append((self._library, *stuck))
+            self._library = None
+            self._connection += 1
+            scheme, _, rest = self.base.partition("://")
+            self.base = f"{scheme}://r{self._connection % 1_000_000}@{rest.rpartition('@')[2]}"
 
     @property
     def ask_seconds(self) -> int:
@@ -213,7 +244,7 @@ class Server:
         return self._problem(Unreachable, reason, hint)
 
     def _problem(self, kind: type[StorageError], reason: str, hint: str) -> StorageError:
-        return kind(f"endpoint {self.name or self.base}: {reason}", hint=hint, endpoint=self.name)
+        return kind(f"endpoint {self._label}: {reason}", hint=hint, endpoint=self.name)
 
 
 def _owned(answer: bool) -> None:
@@ -241,6 +272,9 @@ _BOUNDS = {
     "RedirectLimit": 16,
     "TimeoutResolution": 1,
 }
+#: How much longer we wait than the library should.
+_GRACE_SECONDS = 3.0
+_stuck: list[Any] = []
 _loading = threading.Lock()
 _loaded: list[Any] = []
 

@@ -163,6 +163,14 @@ def _plain(port: int, scratch: Path) -> dict[str, str]:
     return {}
 
 
+class Served(Disk):
+    """A folder that the server keeps a memory of: written to through it, read where it lies."""
+
+    def __init__(self, bucket: Bucket, root: Path) -> None:
+        super().__init__(root)
+        self.put, self.remove = bucket.put, bucket.remove  # type: ignore[method-assign]
+
+
 def _s3(name: str, server: Any, disk: Callable[[str], Any]) -> Place:
     from tests.servers_s3 import SETTINGS
 
@@ -202,7 +210,8 @@ def _start(name: str, stack: ExitStack) -> Place:
         from tests.servers_s3 import RcloneS3
 
         server = started(RcloneS3())
-        return _s3(name, server, lambda lane: Disk(server.directory / "data/faults" / lane))
+        kept, client = server.directory / "data/faults", server.client()
+        return _s3(name, server, lambda lane: Served(Bucket(client, "faults", lane), kept / lane))
     if name == "root":
         from tests.servers_xrootd import XRootD
 
@@ -479,7 +488,14 @@ async def collected(lane: Lane) -> str:
 
 
 async def play(
-    names: Sequence[str], faults: int, seed: int, lanes: int, *, seconds: float = 3600.0, each: int | None = None
+    names: Sequence[str],
+    faults: int,
+    seed: int,
+    lanes: int,
+    *,
+    seconds: float = 3600.0,
+    each: int | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """`each`: so many transfers a lane, whatever happens to them; else until there were enough faults."""
     log.configure("error", stream=io.StringIO())
@@ -489,6 +505,8 @@ async def play(
     with ExitStack() as stack, small_thresholds():
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="replica-faults-")))
         places = [_start(name, stack) for name in names]
+        for place in places:
+            place.kinds = kinds or place.kinds
         before: tuple[int, int] | None = None
         async with lanes_at(places, lanes, seed, scratch, verdict) as made:
             await asyncio.sleep(0.2)
@@ -539,8 +557,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--lanes", type=int, default=6, help="transfers at once at each server")
     parser.add_argument("--at", nargs="*", choices=PLACES, default=list(PLACES))
     parser.add_argument("--seconds", type=float, default=3600.0, help="end after so long, however few there were")
+    parser.add_argument("--kinds", nargs="*", help="these faults only")
     said = parser.parse_args(words)
-    told = asyncio.run(play(said.at, said.faults, said.seed, said.lanes, seconds=said.seconds))
+    told = asyncio.run(play(said.at, said.faults, said.seed, said.lanes, seconds=said.seconds, kinds=said.kinds))
     print(json.dumps(told, indent=2))
     return 1 if told["wrong"] or told["faults"] < said.faults else 0
 
