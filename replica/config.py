@@ -50,8 +50,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     listen: Annotated[str, msgspec.Meta(max_length=300)] = "127.0.0.1:8570"
     #: The site whose orders this worker carries out.
     site: str | None = None
-    #: Directories a worker may touch; empty: any.
+    #: Directories, and beginnings of URLs, where a worker may write, delete and read; empty: anywhere.
     roots: tuple[str, ...] = ()
+    #: Beginnings of URLs where a worker may read besides; empty: at other sites, but nothing of this machine's.
+    sources: tuple[str, ...] = ()
     #: Secrets for storages that ask for some: see replica.storage.credentials.
     credentials_file: str | None = None
     #: Files (or lists of small files) that a worker moves at the same time.
@@ -216,8 +218,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
         value: Any = environ[name]
         if value == "":
             continue  # how a shell or a compose file says "not set"
-        if names[name] == "roots":
-            value = [part for part in value.split(os.pathsep) if part]
+        if names[name] in ("roots", "sources"):
+            # Directories as in PATH; with a URL among them, which has colons itself, by spaces.
+            value = value.split() if "://" in value else [part for part in value.split(os.pathsep) if part]
         found[names[name]] = (value, name)
     return found
 
@@ -242,11 +245,15 @@ def _checked(values: dict[str, Any], origins: dict[str, str]) -> Settings:
             reason = str(error).split(" - at `$")[0]
             raise Invalid(f"{key} (from {origins[key]}) cannot be right: {reason}", field=key) from None
     settings = msgspec.convert(values | {"origins": origins}, Settings, strict=False)
-    for root in settings.roots:
-        if not root.startswith("/"):
-            raise Invalid(
-                f"roots (from {origins['roots']}) has {root[:200]!r}, which is not an absolute directory", field="roots"
-            )
+    for key, allowed in (("roots", settings.roots), ("sources", settings.sources)):
+        for place in allowed:
+            if not (place.startswith("/") and key == "roots") and "://" not in place:
+                kind = "is not an absolute directory, and no URL" if key == "roots" else "is no URL"
+                raise Invalid(
+                    f"{key} (from {origins[key]}) has {place[:200]!r}, which {kind}",
+                    hint="write /data/x or davs://host/folder",
+                    field=key,
+                )
     settings.listen_address()
     trouble = settings.token_file_trouble()
     return msgspec.structs.replace(settings, warnings=(trouble,)) if trouble else settings

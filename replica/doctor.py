@@ -182,6 +182,9 @@ def _endpoints(settings: Settings, client: Client) -> Iterator[Finding]:
 
 def _roots(settings: Settings) -> Iterator[Finding]:
     for root in settings.roots:
+        if "://" in root and not root.startswith("file:"):
+            continue
+        root = root.removeprefix("file://")
         if not Path(root).is_dir():
             yield Finding("wrong", "roots", f"{root} in roots is no directory", "make or mount it, or correct roots")
         elif not os.access(root, os.R_OK | os.W_OK | os.X_OK):
@@ -192,8 +195,8 @@ def _roots(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "odd",
             "roots",
-            "the worker may touch any directory that its account can",
-            "list the directories of the site's endpoints in REPLICA_ROOTS",
+            "the worker may touch any directory and storage that its account can, if an order says so",
+            "list the directories and URLs of the site's endpoints in REPLICA_ROOTS",
         )
 
 

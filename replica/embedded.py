@@ -240,6 +240,7 @@ class Embedded:
             lambda: token,
             label=site,
             roots=self.settings.roots,
+            sources=self.settings.sources,
             credentials=Credentials.at(self.settings.credentials_file),
             concurrency=self.settings.concurrency,
             poll_seconds=self.settings.poll_seconds,

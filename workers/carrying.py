@@ -324,7 +324,7 @@ class Carrier:
             ) from error
 
     async def _opened(self, url: str, name: str, side: Side) -> Storage:
-        if (known := self._storages.known(url, name=name)) is not None:
+        if (known := self._storages.known(url, name=name, side=side)) is not None:
             return known
         return await asyncio.to_thread(self._open, url, name, side)  # finding out what a path really is may hang
 

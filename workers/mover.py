@@ -69,6 +69,7 @@ class Mover:
         *,
         label: str = "",
         roots: Sequence[str] = (),
+        sources: Sequence[str] = (),
         credentials: Credentials | None = None,
         concurrency: int = 4,
         poll_seconds: float = 30.0,
@@ -84,7 +85,7 @@ class Mover:
         #: How long a stop may take in all, and how long of it a large file is given to finish.
         self.stop_seconds = stop_seconds
         self.finish_seconds = finish_seconds
-        self._storages = Storages(roots, credentials)
+        self._storages = Storages(roots, credentials, sources)
         #: Counted since the start, for people and tests.
         self.done = self.failed = self.given_back = self.lost = self.bytes_done = 0
         #: By the monotonic clock: the last sign of life of the loop; None when it does not run.

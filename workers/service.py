@@ -50,6 +50,11 @@ def run_worker(settings: Settings) -> int:
         )
     for warning in settings.warnings:
         log.get_logger().warning("settings.odd", reason=warning)
+    if not settings.roots:
+        log.get_logger().warning(
+            "settings.odd",
+            reason="roots is empty: whatever storage an order names, this worker writes and deletes there",
+        )
     thread = MoverThread(mover_of(settings, site, server))
     life = Life()
     with ExitStack() as stack:
@@ -84,6 +89,7 @@ def mover_of(settings: Settings, site: str, server: str, **options: Any) -> Move
         settings.read_token,
         label=site,
         roots=settings.roots,
+        sources=settings.sources,
         credentials=Credentials.at(settings.credentials_file),
         concurrency=settings.concurrency,
         poll_seconds=settings.poll_seconds,

@@ -1,22 +1,22 @@
-"""The storages a worker speaks to, opened once each and pinned to the directories it was given.
+"""The storages a worker speaks to, opened once each and pinned to what it was given.
 
-Given     the URL in an order, and the directories this worker may touch (`roots`; none: any).
+Given     the URL in an order, and what this worker may touch (`roots`, `sources`; none: anything).
 Returns   an open storage.
-Promises  an order, whoever wrote it, never leads a worker out of its roots, symbolic links included: Forbidden.
-Partner   replica.storage.registry opens; workers.mover asks.
+Promises  an order, whoever wrote it, never leads a worker out of its roots, symbolic links included: Forbidden. What
+          was opened to read from is not thereby permitted to be written to.
+Partner   workers.fences permits; replica.storage.registry opens; workers.mover asks.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
-from urllib.parse import unquote, urlsplit
 
 from replica.storage.base import Storage
 from replica.storage.credentials import Credentials
 from replica.storage.registry import open_storage
-from rules.errors import Forbidden, Side
+from rules.errors import Side
+from workers.fences import Fences
 
 #: How many are kept open: more than any site has endpoints.
 KEPT = 1_000
@@ -25,43 +25,38 @@ KEPT = 1_000
 class Storages:
     """Safe to use from any thread. `get` may wait for a disk, so an event loop asks it in a thread."""
 
-    def __init__(self, roots: Sequence[str] = (), credentials: Credentials | None = None) -> None:
-        self.roots = tuple(roots)
+    def __init__(
+        self, roots: Sequence[str] = (), credentials: Credentials | None = None, sources: Sequence[str] = ()
+    ) -> None:
+        self._fences = Fences(roots, sources)
+        self._permitted: set[tuple[str, Side]] = set()
         self._credentials = credentials
         self._open: dict[str, Storage] = {}
         self._lock = threading.Lock()
 
-    def known(self, url: str, *, name: str) -> Storage | None:
-        """One that is open already: nothing is waited for."""
+    def known(self, url: str, *, name: str, side: Side) -> Storage | None:
+        """One that is open and was permitted for this side already: nothing is waited for."""
         with self._lock:
             found = self._open.get(url)
-        return found if found is not None and found.name == name else None
+            permitted = (url, side) in self._permitted
+        return found if found is not None and found.name == name and permitted else None
 
     def get(self, url: str, *, name: str, side: Side) -> Storage:
-        if (found := self.known(url, name=name)) is not None:
-            return found
-        self._permit(url, name, side)
-        storage = open_storage(url, name=name, credentials=self._credentials)
+        if (known := self.known(url, name=name, side=side)) is not None:
+            return known
+        self._fences.permit(url, name=name, side=side)
         with self._lock:
-            while len(self._open) >= KEPT:
-                self._open.pop(next(iter(self._open)))
-            self._open[url] = storage
-        return storage
-
-    def _permit(self, url: str, name: str, side: Side) -> None:
-        if not self.roots or not url.startswith("file:"):
-            return
-        path = os.path.realpath(unquote(urlsplit(url).path))
-        for root in self.roots:
-            real = os.path.realpath(root)
-            if path == real or path.startswith(real.rstrip("/") + "/"):
-                return
-        raise Forbidden(
-            f"this worker may not touch {url}: it is outside of the directories it was given",
-            hint="add the directory to `roots` of this site's worker, or correct the endpoint's URL",
-            endpoint=name,
-            side=side,
-        )
+            found = self._open.get(url)
+        if found is None or found.name != name:
+            found = open_storage(url, name=name, credentials=self._credentials)
+        with self._lock:
+            while url not in self._open and len(self._open) >= KEPT:
+                gone = next(iter(self._open))
+                self._open.pop(gone)
+                self._permitted -= {(gone, "source"), (gone, "target"), (gone, "unknown")}
+            self._open[url] = found
+            self._permitted.add((url, side))
+        return found
 
     async def close(self) -> None:
         with self._lock:

@@ -21,6 +21,8 @@ from rules.errors import Invalid
 from rules.names import shown
 
 _MEMORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}\Z")
+_IPV6 = re.compile(r"://\[[0-9A-Fa-f:.]+\]")
+_IPV6_HOST = re.compile(r"(.*@)?\[[0-9A-Fa-f:.]+\](:[0-9]*)?\Z")
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -35,7 +37,7 @@ def open_storage(url: str, *, name: str = "", credentials: Credentials | None = 
 
     if any(c <= " " or c == "\x7f" for c in url):
         raise no("holds white space or a control character", "write such characters as %20 and so on")
-    if "::" in url:
+    if "::" in _IPV6.sub("://", url, count=1):
         raise no("chains several protocols by '::'")
     scheme, separator, _ = url.partition("://")
     if not separator:
@@ -47,6 +49,8 @@ def open_storage(url: str, *, name: str = "", credentials: Credentials | None = 
         parts = urlsplit(url)
     except ValueError as error:
         raise no(f"cannot be read ({error})") from None
+    if "[" in parts.netloc and not _IPV6_HOST.match(parts.netloc):
+        raise no("has something beside an IPv6 address in brackets", "write [address] or [address]:port")
     if "@" in parts.netloc:
         raise no("carries a user name", "credentials are never part of an endpoint's URL")
     if "?" in url or "#" in url:

@@ -23,6 +23,26 @@ def test_a_file_url_is_a_folder(url, root):
     assert (storage.tree.path, storage.name, storage.url) == (root, "DISK", url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "davs://[2001:db8::1]:8443/data",
+        "https://[::1]/data",
+        "sftp://[::1]:2022/data",
+        "root://[2001:db8::1]:1094//data",
+        "s3+https://[::1]:9000/bucket/prefix",
+    ],
+)
+def test_an_address_of_six_is_a_host(url):
+    assert open_storage(url, name="SIX").url == url
+
+
+def test_an_address_of_six_reaches_its_server():
+    storage = open_storage("http://[::1]:1/data", name="SIX")
+    assert storage.http.base == "http://[::1]:1/data"
+    assert open_storage("root://[::1]:1094//data").server.base == "root://[::1]:1094/"
+
+
 def test_a_memory_url_is_a_store_of_that_name():
     storage = open_storage("memory://demo")
     assert isinstance(storage, MemoryStorage)
@@ -66,6 +86,10 @@ def test_an_sftp_url_is_a_folder_at_a_host(url):
         "local:///data/x",
         "simplecache::file:///etc/passwd",
         "file:///data::x",
+        "davs://[::1]/data::x",
+        "davs://[::1]::file:///etc",
+        "davs://[::1/data",
+        "davs://[::1]x/data",
         "reference::memory://x",
         "memory://",
         "memory://a/b",

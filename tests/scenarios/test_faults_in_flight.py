@@ -1,0 +1,31 @@
+"""A few hundred faults in flight at every network storage; and that the checker would see what it looks for."""
+
+from __future__ import annotations
+
+import pytest
+
+from replica.storage import copy
+from tests.scenarios.faults_in_flight import PLACES, play
+
+
+async def test_faults_in_flight_make_no_wrong_replica_and_everything_ends():
+    told = await play(PLACES, faults=300, seed=20_261_123, lanes=3, seconds=60)
+    assert told["wrong"] == []
+    assert told["faults"] >= 300
+    assert set(told["by_place"]) == set(PLACES)
+
+
+@pytest.mark.parametrize("place", ["apache", "root"])
+async def test_an_engine_that_does_not_verify_is_found_out(monkeypatch, place):
+    async def trusting(*_):
+        return "nothing"
+
+    monkeypatch.setattr(copy, "_prove", trusting)
+    told = await play([place], faults=12, seed=1, lanes=3, seconds=30, kinds=["up_flip"])
+    assert any("reported done" in wrong and "1 of them wrong" in wrong for wrong in told["wrong"])
+
+
+async def test_an_engine_that_believes_its_source_is_found_out(monkeypatch):
+    monkeypatch.setattr(copy, "expect", lambda *_: None)
+    told = await play(["rclone"], faults=12, seed=1, lanes=3, seconds=30, kinds=["down_flip"])
+    assert any("reported done" in wrong for wrong in told["wrong"])
