@@ -27,7 +27,9 @@ brought elsewhere, as their endpoint is drained or nothing arrives there any mor
 be asked first, and `estimates` when copies will be there, as far as links were measured. `sources` ranks the copies a
 transfer can read from. `transfers` says what follows a failed attempt: another one after how long a pause, or the end.
 Of what is queued, `shares` says whose turn it is, `lanes` in which order the heads of a queue go, `limits` what must
-wait because as much as may be is in flight already, and `breakers` which endpoints are left alone since they failed.
+wait because as much as may be is in flight already; `concurrency` says how much that should be by what was measured,
+with FTS3's way of doing so in `concurrency_fts` to compare; and `breakers` which endpoints are left alone since
+they failed.
 `subscriptions` makes the wishes of a standing one for a DID, and says what its metadata lack. `events` reads which
 events somebody wants, and says when a server that did not take them is tried again. `quotas` says what an account may
 still keep where. `deletion` says which copies must stay whatever the need, and how many may go.

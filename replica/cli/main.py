@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Lazy] = {
     "site": Lazy(PLACES, "sites:site", "Sites: places with storage and a worker."),
     "endpoint": Lazy(PLACES, "endpoints:endpoint", "Endpoints: the storage at a site."),
     "limit": Lazy(PLACES, "limits:limit", "Limits on what is in flight at once, and shares of it."),
+    "simulate": Lazy(PLACES, "simulate:simulate", "What the rules that adapt would do, on paper."),
     "scope": Lazy(DATA, "scopes:scope", "Scopes: the first half of every DID."),
     "did": Lazy(DATA, "dids:did", "Files, datasets and containers."),
     "register": Lazy(DATA, "replicas:register", "Make files known that are at an endpoint already."),
