@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lease_seconds: Annotated[float, msgspec.Meta(ge=0.5, le=86_400)] = 120.0
     #: The pace of unattended work: the interval of its most frequent pass.
     control_interval_seconds: Seconds = 5.0
+    #: Whether what may be in flight adapts to what is measured. Set at the control process.
+    adaptive_concurrency: bool = True
     #: The first pause before a failed transfer is tried again; doubled each time.
     retry_base_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
     #: How long a DID that was deleted can be had back. Set at the API and at the control process.

@@ -245,6 +245,8 @@ class LimitChange(Document):
     files_max: Count | msgspec.UnsetType | None = msgspec.UNSET
     #: A file that is larger than this goes alone.
     bytes_max: Count | msgspec.UnsetType | None = msgspec.UNSET
+    #: false: only what is set here holds, and nothing adapts; of an endpoint, nor do its links.
+    adaptive: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Limit(Answer):
@@ -255,10 +257,34 @@ class Limit(Answer):
     bytes_max: int | None
     files_in_flight: int
     bytes_in_flight: int
+    #: A file takes a slot, of small ones many share one.
+    slots_in_flight: float
+    #: Whether it may adapt; what it is by now, and why. Null: nothing was measured yet.
+    adaptive: bool
+    slots: int | None
+    why: str | None
+    reason: str | None
+    decided_at: datetime | None
 
 
 class Limits(Answer):
     items: list[Limit]
+
+
+class LimitDecision(Answer):
+    """A change of how many slots may be taken at once."""
+
+    at: datetime
+    before: int | None
+    slots: int
+    why: str
+    reason: str
+    #: What it follows from.
+    measured: dict[str, float]
+
+
+class LimitDecisions(Answer):
+    items: list[LimitDecision]
 
 
 class NewActivity(Document):

@@ -46,6 +46,8 @@ from typing import Any, Protocol
 
 #: What a file counts besides its bytes: about what opening, proving and publishing it takes (rules.shares.FILE_COST).
 FILE_WORK = 1_000_000
+#: Errors that load can be the cause of; whatever else fails, fewer in flight do not help.
+LOAD_ERRORS = frozenset({"busy", "timed_out", "storage_error", "storage_transient", "unreachable"})
 #: Where a link or an endpoint begins that nothing is known of.
 FIRST = 8
 LOWEST, HIGHEST = 2, 200
@@ -89,8 +91,8 @@ class Window:
     failures: float
     #: On average; a list of small files counts as one.
     in_flight: float
-    #: That could go besides, had they room.
-    queued: float
+    #: That could go besides, had they room; None: not known.
+    queued: float | None
     #: Summed over the complete files.
     busy_seconds: float = 0.0
 
@@ -194,7 +196,7 @@ def _decision(old: State, number: int, why: str, reason: str, window: Window, ne
     values = {
         "before": float(old.number),
         "in_flight": round(window.in_flight, 2),
-        "queued": window.queued,
+        "queued": -1.0 if window.queued is None else window.queued,
         "seconds": round(window.seconds, 1),
         "bytes_per_second": round(window.bytes / max(window.seconds, 1e-9)),
         "files_per_second": round(window.files / max(window.seconds, 1e-9), 3),
@@ -293,7 +295,9 @@ def _unlimited(state: State, window: Window, bounds: Bounds) -> Next:
     new = replace(state, samples=(), flights=())
     if state.phase in ("up", "climb", "half") and state.base:
         new = _hold(state, state.number)
-    why = "nothing more waits" if window.queued < 1 else "something else limits it: workers, or another limit"
+    why = "too little waits, or something else limits it: workers, or another limit"
+    if window.queued is not None:
+        why = "nothing more waits" if window.queued < 1 else "something else limits it: workers, or another limit"
     return new, "unlimited", f"{window.in_flight:.0f} of {state.number} are in flight: {why}"
 
 

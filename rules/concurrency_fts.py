@@ -67,8 +67,9 @@ class Fts:
             number = max(lowest, min(highest, state.number))
             same = replace(new, number=number, unchanged=state.unchanged + window.seconds)
             return _decision(same, "hold", "nothing changed", window)
-        number, reason = _number(state, new, window.queued)
-        if number > state.number and number > window.queued * STREAMS_MAX:
+        queued = window.queued if window.queued is not None else math.inf
+        number, reason = _number(state, new, queued)
+        if number > state.number and number > queued * STREAMS_MAX:
             number, reason = state.number, "not more than the queue can use"
         number = max(lowest, min(highest, number))
         return _decision(replace(new, number=number), "fts", reason, window)
@@ -120,7 +121,7 @@ def _decision(state: FtsState, why: str, reason: str, window: Window) -> Decisio
     values = {
         "average": round(state.average),
         "success": float(state.success),
-        "queued": window.queued,
+        "queued": -1.0 if window.queued is None else window.queued,
         "in_flight": round(window.in_flight, 2),
     }
     return Decision(state, state.number, why, reason, values)

@@ -3,8 +3,9 @@
 Given     limits, and what is in flight under each of them.
 Returns   for a transfer: the first of its limits that refuses it, or none.
 Promises  no count of files ever exceeds its limit; a sum of bytes does only by a file that is larger than the limit
-          alone, and such a file goes by itself, for otherwise it never would. A transfer goes when all its limits
-          grant it, and takes from all or from none.
+          alone, and such a file goes by itself, for otherwise it never would. The same for slots, which are what
+          adapts: a file takes one, and small ones a part of one. A transfer goes when all its limits grant it, and
+          takes from all or from none.
 Partner   replica.catalog.orders asks, within the transaction that claims; replica.catalog.limits counts.
 
 | kind     | of                                                | key             |
@@ -23,6 +24,11 @@ from dataclasses import dataclass
 
 from rules.quantities import counted, human_bytes
 
+#: A file takes a slot; small ones go in lists, so that of files below this size many share one, by their size.
+SMALL_BYTES = 4 << 20
+#: So many of the smallest share a slot: slots are counted in these parts.
+PARTS = 128
+
 KINDS = ("read", "write", "link", "activity", "account")
 #: Those that transfers of several sites share.
 SHARED = frozenset({"read", "activity", "account"})
@@ -37,6 +43,13 @@ class Limit:
 
     files: int | None = None
     bytes: int | None = None
+    #: What was found to serve best (rules.concurrency), besides what people set.
+    slots: int | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """People set something."""
+        return self.files is not None or self.bytes is not None
 
 
 @dataclass(slots=True)
@@ -45,6 +58,17 @@ class Load:
 
     files: int = 0
     bytes: int = 0
+    #: Of slots.
+    parts: int = 0
+
+    @property
+    def slots(self) -> float:
+        return self.parts / PARTS
+
+
+def parts_of(size: int) -> int:
+    """Which part of a slot a file takes."""
+    return PARTS if size >= SMALL_BYTES else max(1, size * PARTS // SMALL_BYTES)
 
 
 class Room:
@@ -56,10 +80,13 @@ class Room:
 
     def copy(self) -> Room:
         """To try what would be taken."""
-        return Room(self._limits, {key: Load(load.files, load.bytes) for key, load in self._loads.items()})
+        return Room(self._limits, {key: Load(load.files, load.bytes, load.parts) for key, load in self._loads.items()})
 
     def has_limit(self, key: Key) -> bool:
         return key in self._limits
+
+    def has_fixed_limit(self, key: Key) -> bool:
+        return key in self._limits and self._limits[key].fixed
 
     def files_left(self, key: Key) -> int | None:
         """How many files could go, however small; None: no limit. 0: it is full."""
@@ -69,7 +96,11 @@ class Room:
         load = self._loads[key]
         if limit.bytes is not None and load.bytes >= limit.bytes:
             return 0
-        return None if limit.files is None else max(0, limit.files - load.files)
+        left = None if limit.files is None else max(0, limit.files - load.files)
+        if limit.slots is not None:
+            parts = max(0, limit.slots * PARTS - load.parts)
+            left = parts if left is None else min(left, parts)
+        return left
 
     def first_to_refuse(self, keys: Iterable[Key], size: int) -> Key | None:
         """Of these limits; None: all of them grant a file of `size` bytes."""
@@ -80,10 +111,13 @@ class Room:
             if key in self._limits:
                 self._loads[key].files += 1
                 self._loads[key].bytes += size
+                self._loads[key].parts += parts_of(size)
 
     def _grants(self, key: Key, size: int) -> bool:
         limit, load = self._limits[key], self._loads[key]
         if limit.files is not None and load.files >= limit.files:
+            return False
+        if limit.slots is not None and load.parts + parts_of(size) > limit.slots * PARTS:
             return False
         if limit.bytes is None or load.bytes + size <= limit.bytes:
             return True
@@ -95,5 +129,7 @@ def told(key: Key, limit: Limit) -> str:
     parts = [counted(limit.files, "file")] if limit.files is not None else []
     if limit.bytes is not None:
         parts.append(human_bytes(limit.bytes))
+    if limit.slots is not None:
+        parts.append(f"{counted(limit.slots, 'slot')} by what was measured")
     what = {"read": "read from it", "write": "written to it", "link": "on this link"}.get(key[0], "for it")
     return f"at most {' and '.join(parts)} may be in flight {what}"

@@ -60,6 +60,14 @@ TIMETABLE = (
         "events that are old: forget them",
         ("keep_transfer_events_days", "keep_events_days"),
     ),
+    Entry(
+        "concurrency",
+        "workers.concurrency:adapt",
+        15,
+        None,
+        "links and endpoints that are busy: adapt how much may be in flight",
+        ("adaptive_concurrency",),
+    ),
     Entry("usage", "workers.usage:note", 3600, None, "what accounts hold: written down, to be told over time"),
     Entry("expiry", "workers.expiry:expire", 10, None, "rules whose lifetime is over: they protect nothing any more"),
     Entry(

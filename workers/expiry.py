@@ -9,7 +9,7 @@ Partner   replica.catalog.rules, replica.catalog.did_deletion, replica.catalog.i
 
 from __future__ import annotations
 
-from replica.catalog import did_deletion, idempotency, rules, traffic
+from replica.catalog import concurrency, did_deletion, idempotency, rules, traffic
 from replica.db.engine import Database
 from rules.deletion import UNDELETE_SECONDS
 from workers.runtime import Report
@@ -32,5 +32,5 @@ def expire_dids(db: Database, *, undelete_seconds: float = UNDELETE_SECONDS) -> 
 
 def forget(db: Database) -> Report:
     with db.write() as s:
-        forgotten = idempotency.forget_old(s) + traffic.forget_old(s)
+        forgotten = idempotency.forget_old(s) + traffic.forget_old(s) + concurrency.forget_old(s)
     return Report(seen=forgotten, done=forgotten, more=forgotten > 0)

@@ -383,6 +383,8 @@ class Mover:
             else:
                 if failures:
                     self._works_again("report")
+                if not self._waiting:  # what ended made room, of which no hint need tell
+                    self._woken.set()
                 if answer.stale:
                     self._log.info("report.stale", transfers=answer.stale[:20], count=len(answer.stale))
                 break

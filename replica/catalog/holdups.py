@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from replica.catalog import breakers as breakers_
 from replica.catalog import limits as limits_
 from replica.db.engine import Session
-from replica.db.tables import breakers, endpoints, limits
+from replica.db.tables import breakers, endpoints
 from rules.breakers import HINTS, BreakerState
 from rules.limits import Key, Limit, Load, Room, told
 
@@ -41,9 +41,7 @@ class Holdups:
         query = sa.select(*columns, breakers.c.message, breakers.c.probe_at, breakers.c.since)
         query = query.join_from(breakers, endpoints).where(breakers.c.state != BreakerState.CLOSED.value)
         self._open: dict[tuple[int, str], sa.Row[Any]] = {(r.endpoint_id, r.direction): r for r in s.execute(query)}
-        self._limits: dict[Key, Limit] = {
-            (row.kind, row.key): Limit(row.files_max, row.bytes_max) for row in s.execute(sa.select(limits))
-        }
+        self._limits: dict[Key, Limit] = limits_.known(s)
         self._loads: dict[Key, Load] = limits_.in_flight(s) if self._limits else {}
         self._room = Room(self._limits, self._loads)
         self._names: dict[Key, str] = limits_.names(s, self._limits) if self._limits else {}

@@ -1,10 +1,11 @@
-"""Limits on what is in flight: set by people, counted with every claim.
+"""Limits on what is in flight: set by people or adapting, counted with every claim.
 
 Given     what a limit is of, as people name it.
 Returns   the limits with what is in flight under each; for a claim, the room that they leave.
 Promises  what is in flight is counted from the leases themselves, of which there are few: no counter can drift. Claims
           that could exceed the same limit wait for one another; where nothing is limited nobody counts or waits.
-Partner   rules.limits decides; replica.catalog.orders asks within the transaction that claims.
+Partner   rules.limits decides; replica.catalog.orders asks within the transaction that claims;
+          replica.catalog.concurrency writes what adapts.
 
 In flight is what a worker holds a lease on. A source is counted that the order was made for; others are named in an
 order only where nothing limits them.
@@ -13,30 +14,47 @@ order only where nothing limits them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import accounts, bulk, outbox
+from replica.catalog import accounts, bulk, guards, outbox
 from replica.catalog import endpoints as endpoints_
 from replica.catalog.membership import any_of
 from replica.db.engine import Session
 from replica.db.tables import accounts as accounts_table
-from replica.db.tables import endpoints, limits, rules, transfers
+from replica.db.tables import concurrency, endpoints, limits, rules, transfers
 from replica.db.tables import sites as sites_table
 from rules.errors import Invalid
-from rules.limits import KINDS, Key, Limit, Load, Room
+from rules.limits import KINDS, PARTS, SMALL_BYTES, Key, Limit, Load, Room
 from rules.names import check_word
 from rules.permissions import Actor
 from rules.states import TRANSFER_LEASED, TransferState
 
+#: What adapts, besides what people set.
+ADAPT = ("read", "write", "link")
+
 
 def room(s: Session) -> Room:
     """What all limits leave at this moment. Whoever claims by it holds off the others."""
-    found = {(row.kind, row.key): Limit(row.files_max, row.bytes_max) for row in s.execute(sa.select(limits))}
+    found = known(s)
     return Room(found, in_flight(s)) if found else Room()
+
+
+def known(s: Session) -> dict[Key, Limit]:
+    """What people set, and what adapts: the least of both holds."""
+    c = concurrency
+    people = sa.select(limits.c.kind, limits.c.key, limits.c.files_max, limits.c.bytes_max, sa.null().label("number"))
+    people = people.where(sa.or_(limits.c.files_max.is_not(None), limits.c.bytes_max.is_not(None)))
+    adapts = sa.select(c.c.kind, c.c.key, sa.null(), sa.null(), c.c.number)
+    found: dict[Key, Limit] = {}
+    for kind, key, files, size, number in s.execute(sa.union_all(people, adapts)):
+        before = found.get((kind, key), Limit())
+        found[kind, key] = replace(before, slots=number) if number is not None else Limit(files, size, before.slots)
+    return found
 
 
 def in_flight(s: Session) -> dict[Key, Load]:
@@ -49,6 +67,7 @@ def in_flight(s: Session) -> dict[Key, Load]:
             rules.c.account_id,
             sa.func.count().label("files"),
             sa.func.sum(t.c.size_bytes).label("bytes"),
+            sa.func.sum(parts_sql()).label("parts"),
         )
         .select_from(t.outerjoin(rules, rules.c.id == t.c.rule_id))
         .where(any_of(t.c.state, TRANSFER_LEASED))
@@ -60,7 +79,14 @@ def in_flight(s: Session) -> dict[Key, Load]:
             load = loads.setdefault(key, Load())
             load.files += row.files
             load.bytes += int(row.bytes)
+            load.parts += int(row.parts)
     return loads
+
+
+def parts_sql() -> sa.ColumnElement[int]:
+    """rules.limits.parts_of, of a transfer."""
+    size = transfers.c.size_bytes
+    return sa.case((size >= SMALL_BYTES, PARTS), (size < SMALL_BYTES // PARTS, 1), else_=size // (SMALL_BYTES // PARTS))
 
 
 def keys_of(target_id: int, source_id: int | None, activity: str, account_id: int | None) -> list[Key]:
@@ -83,7 +109,8 @@ def wake_waiting(s: Session) -> None:
         t.c.state == sa.literal_column(str(TransferState.QUEUED.value), sa.SmallInteger()),
         t.c.not_before.is_(None),
     )
-    query = sa.select(sites_table.c.name).where(sa.exists(sa.select(1).select_from(limits)), waits)
+    some = sa.or_(*(sa.exists(sa.select(1).select_from(table)) for table in (limits, concurrency)))
+    query = sa.select(sites_table.c.name).where(some, waits)
     s.wake.update(f"site.{name}" for name in s.execute(query).scalars())
 
 
@@ -92,13 +119,20 @@ def wake_waiting(s: Session) -> None:
 
 def set_limit(s: Session, change: wire.LimitChange, actor: Actor | None = None) -> wire.Limit:
     """Absent fields stay as they are; null: no limit of this kind."""
-    kind, key = _key(s, change)
+    kind, key = key_of(s, change.kind, change.of, change.source)
+    if change.adaptive is False and kind not in ADAPT:
+        raise Invalid(f"a limit of an {kind} does not adapt", hint="only those of endpoints and links do")
     found = s.execute(sa.select(limits).where(limits.c.kind == kind, limits.c.key == key)).one_or_none()
     values: dict[str, Any] = {
         field: value if (value := getattr(change, field)) is not msgspec.UNSET else getattr(found, field, None)
         for field in ("files_max", "bytes_max")
     }
-    if values["files_max"] is None and values["bytes_max"] is None:
+    was_fixed = found is not None and found.fixed
+    values["fixed"] = was_fixed if change.adaptive is msgspec.UNSET else not change.adaptive
+    if values["fixed"] != was_fixed:
+        guards.one_at_a_time(s, "concurrency")
+        s.execute(sa.delete(concurrency).where(of_fixed(kind, key)))
+    if values["files_max"] is None and values["bytes_max"] is None and not values["fixed"]:
         s.execute(sa.delete(limits).where(limits.c.kind == kind, limits.c.key == key))
     else:
         upsert = bulk.insert(s, limits).values(kind=kind, key=key, **values)
@@ -108,13 +142,25 @@ def set_limit(s: Session, change: wire.LimitChange, actor: Actor | None = None) 
         by = None if actor is None else accounts.account_id(s, actor.account)
         outbox.record(s, "endpoint.changed", endpoint_id, by, limit=told)
     wake_all(s)
-    return _shown(s, [(kind, key, values["files_max"], values["bytes_max"])])[0]
+    return _shown(s, [(kind, key)])[0]
+
+
+def of_fixed(kind: str, key: str) -> sa.ColumnElement[bool]:
+    """What adapts there: of an endpoint, its links, too."""
+    c = concurrency
+    same = sa.and_(c.c.kind == kind, c.c.key == key)
+    match kind:
+        case "read":
+            return sa.or_(same, sa.and_(c.c.kind == "link", c.c.key.startswith(f"{key}:")))
+        case "write":
+            return sa.or_(same, sa.and_(c.c.kind == "link", c.c.key.endswith(f":{key}")))
+    return same
 
 
 def list_all(s: Session) -> wire.Limits:
-    """All that are set, with what is in flight under each. They are few: people set them one by one."""
-    rows = s.execute(sa.select(limits).order_by(limits.c.kind, limits.c.key)).all()
-    return wire.Limits(items=_shown(s, rows))
+    """All that are set or adapt, with what is in flight under each."""
+    keys = sa.union(sa.select(limits.c.kind, limits.c.key), sa.select(concurrency.c.kind, concurrency.c.key))
+    return wire.Limits(items=_shown(s, sorted((kind, key) for kind, key in s.execute(keys))))
 
 
 def wake_all(s: Session) -> None:
@@ -141,37 +187,45 @@ def names(s: Session, keys: Iterable[Key]) -> dict[Key, str]:
     }
 
 
-def _shown(s: Session, rows: Sequence[Any]) -> list[wire.Limit]:
-    if not rows:
+def _shown(s: Session, keys: Sequence[Key]) -> list[wire.Limit]:
+    if not keys:
         return []
     loads = in_flight(s)
-    name = names(s, [(kind, key) for kind, key, *_ in rows])
+    name = names(s, keys)
+    people = {(row.kind, row.key): row for row in s.execute(sa.select(limits))}
+    adapts = {(row.kind, row.key): row for row in s.execute(sa.select(concurrency))}
     return [
         wire.Limit(
             kind=kind,
             of=name[kind, key],
-            files_max=files_max,
-            bytes_max=bytes_max,
+            files_max=getattr(people.get((kind, key)), "files_max", None),
+            bytes_max=getattr(people.get((kind, key)), "bytes_max", None),
             files_in_flight=loads.get((kind, key), Load()).files,
             bytes_in_flight=loads.get((kind, key), Load()).bytes,
+            slots_in_flight=round(loads.get((kind, key), Load()).slots, 2),
+            adaptive=getattr(people.get((kind, key)), "fixed", False) is False and kind in ADAPT,
+            slots=getattr(adapts.get((kind, key)), "number", None),
+            why=getattr(adapts.get((kind, key)), "why", None),
+            reason=getattr(adapts.get((kind, key)), "reason", None),
+            decided_at=getattr(adapts.get((kind, key)), "decided_at", None),
         )
-        for kind, key, files_max, bytes_max in rows
+        for kind, key in keys
     ]
 
 
-def _key(s: Session, change: wire.LimitChange) -> Key:
-    assert change.kind in KINDS
-    if (change.kind == "link") != (change.source is not None):
+def key_of(s: Session, kind: str, of: str, source: str | None) -> Key:
+    assert kind in KINDS
+    if (kind == "link") != (source is not None):
         raise Invalid("a limit of a link names its source, and no other does", hint="see `replica limit set --help`")
-    match change.kind:
+    match kind:
         case "activity":
-            return "activity", check_word(change.of, "an activity")
+            return "activity", check_word(of, "an activity")
         case "account":
-            return "account", str(accounts.account_id(s, change.of))
+            return "account", str(accounts.account_id(s, of))
         case "link":
-            assert change.source is not None
-            return "link", f"{endpoints_.row(s, change.source).id}:{endpoints_.row(s, change.of).id}"
-    return change.kind, str(endpoints_.row(s, change.of).id)
+            assert source is not None
+            return "link", f"{endpoints_.row(s, source).id}:{endpoints_.row(s, of).id}"
+    return kind, str(endpoints_.row(s, of).id)
 
 
 def _endpoints(kind: str, key: str) -> list[int]:

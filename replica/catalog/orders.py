@@ -33,7 +33,7 @@ from replica.catalog.breakers import Gate
 from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
 from replica.catalog.membership import Unguessed, any_of, dids_named, literal
 from replica.db.engine import Session
-from replica.db.tables import Instant, attempts, dids, endpoints, files, replicas, rules, scopes, transfers
+from replica.db.tables import Instant, attempts, concurrency, dids, endpoints, files, replicas, rules, scopes, transfers
 from replica.db.tables import breakers as breakers_table
 from replica.db.tables import limits as limits_table
 from rules import expressions
@@ -138,8 +138,9 @@ class _HeldOff:
 
 def _hold_off(s: Session, site_id: int) -> _HeldOff:
     """Other claims that could take the same, or exceed the same limits."""
-    limited = sa.exists(sa.select(1).select_from(limits_table))
-    shared = sa.exists().where(limits_table.c.kind.in_(sorted(SHARED)))
+    both = (limits_table, concurrency)
+    limited = sa.or_(*(sa.exists(sa.select(1).select_from(table)) for table in both))
+    shared = sa.or_(*(sa.exists().where(table.c.kind.in_(sorted(SHARED))) for table in both))
     broken = sa.exists().where(breakers_table.c.state != BreakerState.CLOSED.value)
     flags = sa.select(limited.label("limited"), shared.label("shared"), broken.label("broken"))
     guards.one_at_a_time(s, "claims", site_id)
@@ -496,7 +497,8 @@ def _order(row: sa.Row[Any], world: _World) -> tuple[wire.Order, int | None] | _
 
 
 def _with_room(row: sa.Row[Any], ranked: Sequence[Source], world: _World) -> list[Source] | _Waits:
-    """The source that the order is made for, and others to go on with, which nothing limits."""
+    """The source that the order is made for, and others to go on with, which no person limits. What adapts has room to
+    spare for the rare order that goes on with another."""
     usable: list[Source] = []
     waits: str | None = None
     for source in ranked:
@@ -508,7 +510,7 @@ def _with_room(row: sa.Row[Any], ranked: Sequence[Source], world: _World) -> lis
             waits = waits or ":".join(refused)
         elif gate is Gate.PROBE:
             return [source]
-        elif not usable or not any(map(world.room.has_limit, keys)):
+        elif not usable or not any(map(world.room.has_fixed_limit, keys)):
             usable.append(source)
     return usable[:SOURCES_MAX] if usable or waits is None else _Waits(waits)
 

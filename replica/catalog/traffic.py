@@ -9,6 +9,7 @@ Partner   replica.catalog.outcomes writes it, replica.catalog.forecasts reads it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import sqlalchemy as sa
 from replica.catalog.bulk import Columns, insert, rows_of
 from replica.db.engine import Session
 from replica.db.tables import Instant, instant, micros, traffic
+from rules.concurrency import LOAD_ERRORS
 from rules.estimates import Period
 
 PERIOD_SECONDS = 300
@@ -35,14 +37,16 @@ _COLUMNS: Columns = {
     "bytes": sa.BigInteger(),
     "seconds": sa.Float(),
     "failures": sa.BigInteger(),
+    "strained": sa.BigInteger(),
 }
-_ADDED = ("files", "bytes", "seconds", "failures")
+_ADDED = ("files", "bytes", "seconds", "failures", "strained")
 
 
 class Ending(Protocol):
     """What of the end of an attempt is counted."""
 
     outcome: str
+    error: str
     size: int
     seconds: float
 
@@ -59,19 +63,20 @@ def add(s: Session, endings: Iterable[Ending]) -> None:
     for ending in endings:
         if ending.source_id is None or ending.outcome not in ("done", "failed", "lost"):
             continue  # verified in place, or given back: no link was used
-        total = sums.setdefault((ending.source_id, ending.target_id), [0, 0, 0.0, 0])
+        total = sums.setdefault((ending.source_id, ending.target_id), [0, 0, 0.0, 0, 0])
         if ending.outcome == "done":
             total[0] += 1
             total[1] += ending.size
             total[2] += ending.seconds
         else:
             total[3] += 1
+            total[4] += ending.error in LOAD_ERRORS
     if not sums:
         return
     # In the order of their keys: two transactions never hold what the other waits for.
     rows = [
-        (source, target, since, int(files), int(size), float(seconds), int(failures))
-        for (source, target), (files, size, seconds, failures) in sorted(sums.items())
+        (source, target, since, int(files), int(size), float(seconds), int(failures), int(strained))
+        for (source, target), (files, size, seconds, failures, strained) in sorted(sums.items())
     ]
     batch = rows_of(s, "traffic_added", _COLUMNS, rows)
     upsert = insert(s, traffic).from_select(
@@ -110,6 +115,32 @@ def recent(s: Session, target_ids: Sequence[int]) -> dict[int, list[Period]]:
             lasted = min(max((s.now - row.since).total_seconds(), 1.0), float(PERIOD_SECONDS))
             periods.append(Period(lasted, int(row.files), int(row.bytes), float(row.seconds), int(row.failures)))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What one period has of a link."""
+
+    source_id: int
+    target_id: int
+    since: datetime
+    files: int
+    bytes: int
+    seconds: float
+    strained: int
+
+
+def since(s: Session, seconds: float) -> list[Counted]:
+    """All links in the periods of so long."""
+    names = ("source_id", "target_id", "since", "files", "bytes", "seconds", "strained")
+    query = sa.select(*(traffic.c[name] for name in names))
+    query = query.where(traffic.c.since >= _period(s.now - timedelta(seconds=seconds)))
+    return [Counted(*row) for row in s.execute(query)]
+
+
+def period_of(moment: datetime) -> datetime:
+    """When the period began that this moment is in."""
+    return _period(moment)
 
 
 def forget_old(s: Session) -> int:

@@ -22,6 +22,17 @@ COLUMNS = (
     Column("of at most", "files_max"),
     size_column("bytes in flight", "bytes_in_flight"),
     size_column("of at most", "bytes_max"),
+    Column("slots taken", "slots_in_flight"),
+    Column("of by now", "slots"),
+    Column("adapts", "adaptive"),
+    Column("why", "reason"),
+)
+DECISIONS = (
+    Column("at", "at"),
+    Column("before", "before"),
+    Column("slots", "slots"),
+    Column("why", "why"),
+    Column("reason", "reason"),
 )
 
 
@@ -51,7 +62,12 @@ def limit() -> None:
 
 @limit.command("list")
 def list_() -> None:
-    """List the limits that are set, and what is in flight under each."""
+    """List the limits that are set or adapt, and what is in flight under each; the lowest holds.
+
+    What adapts is counted in slots: a file takes one, and of small files up to 128 share one, as workers move them in
+    lists. It is of what is written to an endpoint; of each link to it while several are in use; and of what is read
+    from an endpoint while several links lead from it.
+    """
     with connected() as client:
         output().many(client.limits.list(), COLUMNS, nothing="nothing is limited")
 
@@ -68,7 +84,15 @@ def list_() -> None:
     metavar="SIZE",
     help="So many bytes at most, for example 1TB; a file larger than that goes alone. `none`: no limit.",
 )
-def set_(kind: Any, of: str, source: str | None, files_max: int | None, bytes_max: int | None) -> None:
+@click.option(
+    "--fixed/--adaptive",
+    "fixed",
+    default=None,
+    help="Only what people set holds, and nothing adapts, also not the links of the endpoint; or it adapts (again).",
+)
+def set_(
+    kind: Any, of: str, source: str | None, files_max: int | None, bytes_max: int | None, fixed: bool | None
+) -> None:
     """Limit what is in flight: read from or written to an endpoint, on a link, for an activity or an account.
 
     What has no room waits and holds up nothing else. A limit of 0 files stops everything there.
@@ -76,10 +100,23 @@ def set_(kind: Any, of: str, source: str | None, files_max: int | None, bytes_ma
     from replica import wire
 
     values = given(files_max=files_max, bytes_max=bytes_max)
+    if fixed is not None:
+        values["adaptive"] = not fixed
     if not values:
-        raise click.UsageError("nothing to change; name --files or --bytes")
+        raise click.UsageError("nothing to change; name --files, --bytes, --fixed or --adaptive")
     with connected() as client:
         output().one(client.limits.set(wire.LimitChange(kind=kind, of=of, source=source, **values)))
+
+
+@limit.command()
+@click.argument("kind", type=click.Choice(["read", "write", "link"]))
+@click.argument("of")
+@click.option("--source", help="Of a link: the endpoint that is read from; OF is the one that is written to.")
+@click.option("--limit", "most", default=20, show_default=True, type=click.IntRange(1, 1_000), help="So many at most.")
+def history(kind: str, of: str, source: str | None, most: int) -> None:
+    """Tell how what adapts was changed lately, and why, newest first; with -o json also what was measured."""
+    with connected() as client:
+        output().many(client.limits.history(kind, of, source, most), DECISIONS, nothing="nothing was decided yet")
 
 
 @limit.command()

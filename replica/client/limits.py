@@ -22,5 +22,10 @@ class Limits:
         share = wire.NewActivity(name=activity, weight=weight)
         return self._http.send(Call("PATCH", at("activities"), wire.Activity, share))
 
+    def history(self, kind: str, of: str, source: str | None = None, limit: int = 100) -> list[wire.LimitDecision]:
+        """How what adapts was changed lately, and why, newest first."""
+        words = {"kind": kind, "of": of, "source": source, "limit": limit}
+        return self._http.send(Call("GET", at("limits", "history"), wire.LimitDecisions, query=words)).items
+
     def list(self) -> list[wire.Limit]:
         return self._http.send(Call("GET", at("limits"), wire.Limits)).items

@@ -230,6 +230,8 @@ traffic = Table(
     Column("bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("seconds", Float, nullable=False, server_default=text("0")),  # summed over files that went side by side
     Column("failures", BigInteger, nullable=False, server_default=text("0")),
+    Column("strained", BigInteger, nullable=False, server_default=text("0")),  # of the failures: load can be the cause
+    Index("ix_traffic_since", "since"),
 )
 
 # --- what -----------------------------------------------------------------------------------------------------------
@@ -571,6 +573,46 @@ limits = Table(
     Column("key", String(64), primary_key=True),
     Column("files_max", BigInteger),
     Column("bytes_max", BigInteger),
+    Column("fixed", Boolean, nullable=False, server_default=text("false")),  # nothing adapts there
+)
+
+concurrency = Table(
+    "concurrency",
+    metadata,
+    # How many slots may be taken at once, as rules.concurrency decided last; `kind` and `key` as in limits.
+    Column("kind", String(8), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("number", Integer, nullable=False),
+    Column("why", String(16), nullable=False),
+    Column("reason", String(400), nullable=False),
+    Column("state", Json, nullable=False),  # what the next decision remembers
+    Column("decided_at", Instant, nullable=False),
+    # Since then it is measured: what was counted of traffic up to then, in its period that began at `counted_since`.
+    Column("measured_at", Instant, nullable=False),
+    Column("counted_since", Instant, nullable=False),
+    Column("counted", Json, nullable=False),
+    # What was in flight, summed over so many looks since then.
+    Column("flight", Float, nullable=False),
+    Column("looks", Integer, nullable=False),
+    # Something was in flight or arrived.
+    Column("active_at", Instant, nullable=False),
+)
+
+concurrency_decisions = Table(
+    "concurrency_decisions",
+    metadata,
+    # Every change of a number, and what it followed from.
+    Column("id", Id, primary_key=True),
+    Column("kind", String(8), nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("at", Instant, nullable=False),
+    Column("before", Integer),
+    Column("number", Integer, nullable=False),
+    Column("why", String(16), nullable=False),
+    Column("reason", String(400), nullable=False),
+    Column("measured", Json, nullable=False),
+    Index("ix_concurrency_decisions_key", "kind", "key", "id"),
+    Index("ix_concurrency_decisions_at", "at"),
 )
 
 activities = Table(
