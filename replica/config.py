@@ -16,11 +16,14 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from rules.errors import Invalid
+
+if TYPE_CHECKING:
+    from rules.reconciling import Policy
 
 FILE_NAME = "replica.toml"
 SYSTEM_DIR = Path("/etc/replica")
@@ -73,6 +76,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     #: How long ends of transfers can be read as events, and how long everything else that happened.
     keep_transfer_events_days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 7
     keep_events_days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 730
+    #: Between the first scan that found files missing, or dark, and the one that counts. Set at the API and at control.
+    scan_grace_seconds: Annotated[float, msgspec.Meta(ge=0, le=315_360_000)] = 86_400
+    scan_dark_grace_seconds: Annotated[float, msgspec.Meta(ge=0, le=315_360_000)] = 7 * 86_400
+    #: What part of an endpoint a scan may find missing or dark before a person is asked.
+    scan_fraction_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    #: How often disks are scanned that have no attribute `scan_every`; 0: never.
+    scan_every_days: Annotated[float, msgspec.Meta(ge=0, le=36_500)] = 7
     #: Where the embedded system keeps its state.
     dir: str | None = None
     log_level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
@@ -133,6 +143,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
             return f"the token file {self.token_file} is open to others (mode {stat.S_IMODE(mode):o}); chmod 600 it"
         return None
+
+    def scan_policy(self) -> Policy:
+        from rules.reconciling import Policy
+
+        return Policy(
+            self.scan_grace_seconds, self.scan_dark_grace_seconds, self.scan_fraction_max, self.scan_every_days
+        )
 
     def listen_address(self) -> tuple[str, int]:
         """Host and port of `listen`; [::1]:8570 for IPv6."""

@@ -311,6 +311,7 @@ class _ApiThread(threading.Thread):
             lease_seconds=self._settings.lease_seconds,
             retry_base_seconds=self._settings.retry_base_seconds,
             undelete_seconds=self._settings.undelete_seconds,
+            scan_policy=self._settings.scan_policy(),
         )
 
     async def _listen(self) -> tuple[web.AppRunner, int]:

@@ -1196,3 +1196,222 @@ class DeletionOutcome(Document):
 class DeletionReport(Document):
     worker: Text
     outcomes: Bulk[DeletionOutcome]
+
+
+# --- scans ----------------------------------------------------------------------------------------------------------
+
+
+class NewScan(Document):
+    """A look whether an endpoint holds what the catalogue says, and nothing else. Joins the one that is under way."""
+
+    endpoint: Text
+    #: Whatever part is missing or dark: it is so.
+    accept_fraction: bool = False
+    #: Who asks lists what is there, and tells; else a worker of the endpoint's site does.
+    listing: bool = False
+    #: When that listing began: what was proven later is not missing because it is not in it.
+    listed_at: datetime | None = None
+
+
+class Scan(Answer):
+    id: int
+    endpoint: str
+    site: str
+    #: queued | listing | held | to_verify | verifying | done | failed | cancelled
+    state: str
+    #: Who asked; None: the timetable.
+    account: str | None
+    #: worker | person
+    listed_by: str
+    accepted: bool
+    #: What it does now, and with how many files it has done that.
+    phase: str
+    phase_files: int
+    #: Available at the endpoint, as the catalogue says.
+    known_files: int
+    listed_files: int
+    listed_bytes: int
+    missing_files: int
+    differing_files: int
+    dark_files: int
+    dark_bytes: int
+    #: Links, names that are not UTF-8 and the like: no replica can be that.
+    odd_files: int
+    #: Of what is missing or differs: seen by two scans with the grace between them.
+    confirmed_files: int
+    #: Of what is dark: the same, so `replica scan --remove-dark` would move it to quarantine.
+    removable_files: int
+    #: Looked for once more, not found, and declared bad.
+    lost_files: int
+    #: Of these: files of which no other good copy is known.
+    last_copies: int
+    removed_files: int
+    #: Dark files that are to go, or are going.
+    moving_files: int
+    reason: str
+    epoch: int
+    created_at: datetime
+    began_at: datetime | None = None
+    compared_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class Finding(Answer):
+    #: missing | differs | dark | odd
+    kind: str
+    #: seen | confirmed | lost | there | unclear | asked | claimed | removed | kept
+    state: str
+    #: As it is at the storage; what is no text is written with escapes.
+    path: str
+    did: str | None
+    size: int
+    found_size: int | None
+    first_seen_at: datetime
+    reason: str
+
+
+class ScanClaim(Document):
+    worker: Text
+
+
+class ScanOrder(Answer):
+    """*list*: from the beginning. *verify*: only look once more for what is missing."""
+
+    scan: int
+    epoch: int
+    what: Literal["list", "verify"]
+    #: When its first attempt began: with the number it names the scan for ever, also in another database.
+    began_at: datetime
+    endpoint: str
+    url: str
+
+
+class DarkOrder(Answer):
+    """A file that nobody knows, to be moved to quarantine if it still has this size and time."""
+
+    finding: int
+    epoch: int
+    endpoint: str
+    url: str
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class ScanWork(Answer):
+    scan: ScanOrder | None
+    dark: list[DarkOrder]
+    lease_seconds: float
+
+
+class ScanBeat(Document):
+    scan: Count
+    epoch: Epoch
+    phase: Annotated[str, msgspec.Meta(max_length=12)]
+    files: Count
+
+
+class ScanPart(Document):
+    """Which part of what the catalogue knows at the endpoint: what comes after this file."""
+
+    scan: Count
+    epoch: Epoch
+    after: Count = 0
+
+
+class Known(Answer, array_like=True):
+    """One file as the catalogue knows it there."""
+
+    file: int
+    generation: int
+    size: int
+    #: Its bytes should be there.
+    expected: bool
+    path: str
+
+
+class KnownPart(Answer):
+    known: list[Known]
+    #: Where the next part begins; None: this is the last.
+    next: int | None
+
+
+class MissingFile(Document, array_like=True):
+    file: Count
+    generation: Count
+    #: What lies there instead; None: nothing.
+    found_size: Count | None
+
+
+class DarkFile(Document, array_like=True):
+    path: Annotated[str, msgspec.Meta(max_length=8_000)]
+    size: Count
+    mtime_ns: int
+    #: Why it can be no replica; empty for an ordinary file.
+    problem: Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class ScanFindings(Document):
+    """What a comparison came to, in parts. Saying a part again changes nothing."""
+
+    scan: Count
+    epoch: Epoch
+    missing: Annotated[list[MissingFile], msgspec.Meta(max_length=BULK_MAX)] = []
+    dark: Annotated[list[DarkFile], msgspec.Meta(max_length=BULK_MAX)] = []
+
+
+class ScanCompared(Document):
+    """All was listed, compared and told; the endpoint's own mark was there before and after."""
+
+    scan: Count
+    epoch: Epoch
+    listed_files: Count
+    listed_bytes: Count
+    missing: Count
+    dark: Count
+
+
+class ScanFailed(Document):
+    """*given_back*: the worker stops."""
+
+    scan: Count
+    epoch: Epoch
+    given_back: bool = False
+    message: Annotated[str, msgspec.Meta(max_length=4_000)] = ""
+
+
+class Probe(Answer):
+    finding: int
+    path: str
+    size: int
+
+
+class Probes(Answer):
+    """What is to be looked for once more; none: the scan is over."""
+
+    probes: list[Probe]
+
+
+class ProbeOutcome(Document):
+    finding: Count
+    outcome: Literal["missing", "differs", "there", "unclear"]
+    message: Annotated[str, msgspec.Meta(max_length=2_000)] = ""
+
+
+class ProbeReport(Document):
+    scan: Count
+    epoch: Epoch
+    outcomes: Annotated[list[ProbeOutcome], msgspec.Meta(max_length=BULK_MAX)]
+
+
+class DarkOutcome(Document):
+    """*removed*: it is in quarantine. *gone*: nothing was there. *kept*: it changed. *failed*: try again later."""
+
+    finding: Count
+    epoch: Epoch
+    outcome: Literal["removed", "gone", "kept", "failed"]
+    message: Annotated[str, msgspec.Meta(max_length=2_000)] = ""
+
+
+class DarkReport(Document):
+    outcomes: Bulk[DarkOutcome]

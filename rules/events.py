@@ -19,7 +19,7 @@ from rules.names import shown
 #: What events are about.
 ENTITIES = frozenset(
     {
-        *["account", "deletion", "did", "endpoint", "link", "quota", "replica", "rule", "scope", "site"],
+        *["account", "deletion", "did", "endpoint", "link", "quota", "replica", "rule", "scope", "scan", "site"],
         *["subscription", "transfer", "webhook"],
     }
 )

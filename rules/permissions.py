@@ -24,7 +24,7 @@ from rules.errors import NotAllowed
 
 _NOUNS = (
     *("site", "endpoint", "scope", "did", "replica", "rule", "transfer", "account", "quota"),
-    *("subscription", "webhook", "deletion"),
+    *("subscription", "webhook", "deletion", "scan"),
 )
 
 #: All there are; a route names one of them.

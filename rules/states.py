@@ -86,6 +86,29 @@ class DeletionState(Coded):
     UNDONE = 5  #: taken back while no worker had it: the replica is what it was, if the bytes cannot be gone
 
 
+class ScanState(Coded):
+    QUEUED = 1  #: asked for; no worker has begun
+    LISTING = 2  #: a worker has the catalogue's word, lists the storage, and compares
+    HELD = 3  #: too much is missing or dark to be believed; a person must say that it is so
+    TO_VERIFY = 4  #: what was missing twice waits for a worker that looks once more
+    VERIFYING = 5  #: a worker looks for it, file by file
+    DONE = 6
+    FAILED = 7  #: the storage could not be listed, or too many workers were lost; nothing was concluded
+    CANCELLED = 8  #: held, and overtaken by a newer scan
+
+
+class FindingState(Coded):
+    SEEN = 1  #: by one scan, or not for long enough
+    CONFIRMED = 2  #: by two scans, and the grace between them is over
+    LOST = 3  #: looked for once more and not found: the replica was declared bad
+    THERE = 4  #: looked for once more, and it is there, or nobody expects it any more
+    UNCLEAR = 5  #: it could not be looked for; the next scan tries again
+    ASKED = 6  #: dark, and a person said that it shall go
+    CLAIMED = 7  #: a worker may be moving it to quarantine at this moment
+    REMOVED = 8  #: it is in quarantine
+    KEPT = 9  #: it changed, or became known, and stays
+
+
 class TransferEvent(Enum):
     CLAIM = "claim"
     BEGIN = "begin"
@@ -166,6 +189,40 @@ DELETION: Mapping[DeletionState, frozenset[DeletionState]] = MappingProxyType(
     }
 )
 DELETION_TERMINAL = frozenset({_D.DONE, _D.FAILED, _D.UNDONE})
+
+_C = ScanState
+SCAN: Mapping[ScanState, frozenset[ScanState]] = MappingProxyType(
+    {
+        _C.QUEUED: frozenset({_C.LISTING, _C.CANCELLED}),
+        # QUEUED: the lease ran out, or was given back.
+        _C.LISTING: frozenset({_C.QUEUED, _C.HELD, _C.TO_VERIFY, _C.DONE, _C.FAILED}),
+        _C.HELD: frozenset({_C.TO_VERIFY, _C.DONE, _C.CANCELLED}),
+        _C.TO_VERIFY: frozenset({_C.VERIFYING}),
+        _C.VERIFYING: frozenset({_C.TO_VERIFY, _C.DONE, _C.FAILED}),
+        _C.DONE: frozenset(),
+        _C.FAILED: frozenset(),
+        _C.CANCELLED: frozenset(),
+    }
+)
+SCAN_TERMINAL = frozenset({_C.DONE, _C.FAILED, _C.CANCELLED})
+#: At most one of these at an endpoint. One that is held hinders nobody: a newer one takes its place.
+SCAN_LIVE = frozenset({_C.QUEUED, _C.LISTING, _C.TO_VERIFY, _C.VERIFYING})
+SCAN_LEASED = frozenset({_C.LISTING, _C.VERIFYING})
+
+_F = FindingState
+FINDING: Mapping[FindingState, frozenset[FindingState]] = MappingProxyType(
+    {
+        _F.SEEN: frozenset({_F.CONFIRMED}),
+        _F.CONFIRMED: frozenset({_F.LOST, _F.THERE, _F.UNCLEAR, _F.ASKED}),
+        _F.LOST: frozenset(),
+        _F.THERE: frozenset(),
+        _F.UNCLEAR: frozenset(),
+        _F.ASKED: frozenset({_F.CLAIMED, _F.KEPT}),
+        _F.CLAIMED: frozenset({_F.ASKED, _F.REMOVED, _F.KEPT}),
+        _F.REMOVED: frozenset(),
+        _F.KEPT: frozenset(),
+    }
+)
 
 #: States in which a rule has no locks: not yet, or not any more.
 RULE_WITHOUT_LOCKS = frozenset({_U.WAITING_APPROVAL, _U.EXPIRED})

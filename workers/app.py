@@ -50,6 +50,17 @@ TIMETABLE = (
     Entry("leases", "workers.leases:release", 5, None, "orders whose worker fell silent: back to the queue"),
     Entry("deletion", "workers.deletion:delete", 20, None, "copies nobody protects: decide which go, by need of space"),
     Entry("removals", "workers.deletion:release", 10, None, "deletions whose worker fell silent: back to the queue"),
+    Entry(
+        "scans",
+        "workers.reconciliation:schedule",
+        60,
+        None,
+        "endpoints that were not scanned for long: scan them",
+        ("scan_grace_seconds", "scan_dark_grace_seconds", "scan_fraction_max", "scan_every_days"),
+    ),
+    Entry(
+        "lost_scans", "workers.reconciliation:release", 10, None, "scans whose worker fell silent: back to the queue"
+    ),
     Entry("subscriptions", "workers.subscriptions:apply", 5, CONTROL, "data that is new or changed: make its rules"),
     Entry("events", "workers.events:deliver", 5, CONTROL, "what happened: tell webhooks"),
     Entry(

@@ -28,6 +28,7 @@ from replica.api import (
     quotas,
     replicas,
     rules,
+    scans,
     scopes,
     service,
     sites,
@@ -39,6 +40,7 @@ from replica.api.routing import BULK_BODY_MAX, Facts, Routes
 from replica.api.work import Work
 from replica.db.engine import Database
 from rules.deletion import UNDELETE_SECONDS
+from rules.reconciling import Policy
 
 NOUNS: tuple[Routes, ...] = (
     service.outside,
@@ -55,6 +57,7 @@ NOUNS: tuple[Routes, ...] = (
     subscriptions.routes,
     transfers.routes,
     deletions.routes,
+    scans.routes,
     orders.routes,
     events.routes,
     webhooks.routes,
@@ -78,9 +81,10 @@ def create_app(
     lease_seconds: float = 120.0,
     retry_base_seconds: float = 30.0,
     undelete_seconds: float = UNDELETE_SECONDS,
+    scan_policy: Policy | None = None,
 ) -> web.Application:
     work = Work(db)
-    facts = Facts(lease_seconds, retry_base_seconds, undelete_seconds)
+    facts = Facts(lease_seconds, retry_base_seconds, undelete_seconds, scan_policy or Policy())
     app = web.Application(
         middlewares=[middleware.answering, middleware.guard(work, facts)], client_max_size=BULK_BODY_MAX
     )

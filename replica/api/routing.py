@@ -38,6 +38,7 @@ from replica.db.engine import Session
 from rules.errors import Invalid, ReplicaError
 from rules.names import Did
 from rules.permissions import ACTIONS, Actor
+from rules.reconciling import Policy
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,6 +75,7 @@ class Facts:
     lease_seconds: float
     retry_base_seconds: float
     undelete_seconds: float
+    scans: Policy = Policy()
 
 
 @dataclass(slots=True)

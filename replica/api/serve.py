@@ -51,6 +51,7 @@ async def _serve(settings: Settings, db: Database) -> int:
         lease_seconds=settings.lease_seconds,
         retry_base_seconds=settings.retry_base_seconds,
         undelete_seconds=settings.undelete_seconds,
+        scan_policy=settings.scan_policy(),
     )
     try:
         runner, port = await start(app, host, port)

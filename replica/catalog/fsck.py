@@ -25,6 +25,7 @@ from replica.catalog import (
     fsck_references,
     fsck_replicas,
     fsck_rules,
+    fsck_scans,
     fsck_work,
 )
 from replica.catalog.fsck_invariant import Facts, Invariant
@@ -39,6 +40,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     *fsck_rules.INVARIANTS,
     *fsck_locks.INVARIANTS,
     *fsck_work.INVARIANTS,
+    *fsck_scans.INVARIANTS,
     *fsck_ledger.INVARIANTS,
     *fsck_references.INVARIANTS,
 )

@@ -64,6 +64,7 @@ def _states(enum: type[Enum], **groups: Collection[Enum]) -> SimpleNamespace:
 
 
 _T, _D = states.TransferState, states.DeletionState
+_C, _F = states.ScanState, states.FindingState
 _WORDS: dict[str, Any] = {
     "kind": _states(states.DidKind),
     "grouping": _states(states.Grouping),
@@ -78,6 +79,14 @@ _WORDS: dict[str, Any] = {
         over=states.TRANSFER_TERMINAL,
     ),
     "deletion": _states(_D, live=set(_D) - states.DELETION_TERMINAL, over=states.DELETION_TERMINAL),
+    "scan": _states(
+        states.ScanState,
+        live=states.SCAN_LIVE,
+        leased=states.SCAN_LEASED,
+        over=states.SCAN_TERMINAL,
+        complete={_C.HELD, _C.TO_VERIFY, _C.VERIFYING, _C.DONE},
+    ),
+    "finding": _states(_F, going={_F.ASKED, _F.CLAIMED, _F.REMOVED, _F.KEPT}, judged={_F.LOST, _F.THERE, _F.UNCLEAR}),
     # What may remove a last copy.
     "explicit": ", ".join(sorted(f"'{why.value}'" for why in EXPLICIT)),
 }

@@ -24,6 +24,7 @@ from replica.catalog import (
     accounts,
     bulk,
     cursors,
+    dark,
     dids,
     endpoints,
     locks,
@@ -132,6 +133,9 @@ def _enter(
     covered = _pairs(s, "held", known, endpoint.id) if known else None
     locks.hold_for_registration(s, covered, endpoint.id, dataset_id)
     _refuse_taken_paths(s, everything, endpoint)
+    dark.refuse_claimed(
+        s, endpoint.id, endpoint.name, lambda: [file.path or path_for(file.did, endpoint.layout) for file in everything]
+    )
 
     made, came, waiting = _replicas(s, everything, endpoint.id, endpoint.name)
     to_verify = [*(file for file in made if not file.proven), *waiting]

@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Lazy] = {
     "rule": Lazy(WISHES, "rules:rule", "Rules: how many good copies, and where."),
     "subscription": Lazy(WISHES, "subscriptions:subscription", "Subscriptions: rules for all data of a kind."),
     "transfer": Lazy(WISHES, "transfers:transfer", "Transfers: what is being copied, and why not."),
+    "scan": Lazy(WISHES, "scans:scan", "Whether an endpoint holds what the catalogue says, and nothing else."),
     "events": Lazy(WISHES, "events:events", "What happened, and with --follow what happens."),
     "webhook": Lazy(WISHES, "webhooks:webhook", "Webhooks: servers elsewhere that are told what happens."),
     "deletion": Lazy(WISHES, "deletions:deletion", "Deletions: which copies go, why, and how to keep them."),

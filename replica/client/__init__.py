@@ -28,6 +28,7 @@ from replica.client.orders import Orders
 from replica.client.quotas import Quotas, Usage
 from replica.client.replicas import Replicas
 from replica.client.rules import Rules
+from replica.client.scans import Scans
 from replica.client.scopes import Scopes
 from replica.client.sites import Sites
 from replica.client.subscriptions import Subscriptions
@@ -59,6 +60,7 @@ class Client:
         self.rules = Rules(self._http)
         self.transfers = Transfers(self._http)
         self.deletions = Deletions(self._http)
+        self.scans = Scans(self._http)
         self.orders = Orders(self._http)
         self.events = Events(self._http)
         self.subscriptions = Subscriptions(self._http)

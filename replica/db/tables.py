@@ -700,6 +700,72 @@ deletions = Table(
     Index("ix_deletions_endpoint_id", "endpoint_id", "created_at"),
 )
 
+LIVE_SCAN = text(f"state IN ({', '.join(str(s.value) for s in sorted(states.SCAN_LIVE, key=lambda s: s.value))})")
+OPEN_FINDING = text(f"state IN ({states.FindingState.ASKED.value}, {states.FindingState.CLAIMED.value})")
+
+scans = Table(
+    "scans",
+    metadata,
+    # A look whether an endpoint holds what the catalogue says, and nothing else.
+    Column("id", Id, primary_key=True),
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), nullable=False),
+    Column("site_id", Id, ForeignKey("sites.id"), nullable=False),  # whose workers carry it out
+    Column("state", State(states.ScanState), nullable=False),
+    Column("account_id", Id, ForeignKey("accounts.id")),  # who asked; NULL: the timetable
+    Column("listed_by", String(8), nullable=False),  # worker | person: who lists what is there
+    Column("accepted", Boolean, nullable=False, server_default=text("false")),  # whatever part is missing or dark
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    Column("worker", String(128)),
+    Column("lease_until", Instant),
+    Column("phase", String(12), nullable=False, server_default=""),
+    Column("phase_files", BigInteger, nullable=False, server_default=text("0")),  # how far it is in that
+    Column("known_files", BigInteger, nullable=False, server_default=text("0")),  # available, as the catalogue says
+    Column("listed_files", BigInteger, nullable=False, server_default=text("0")),
+    Column("listed_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("missing_files", BigInteger, nullable=False, server_default=text("0")),
+    Column("differing_files", BigInteger, nullable=False, server_default=text("0")),
+    Column("dark_files", BigInteger, nullable=False, server_default=text("0")),
+    Column("dark_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("odd_files", BigInteger, nullable=False, server_default=text("0")),
+    Column("lost_files", BigInteger, nullable=False, server_default=text("0")),  # declared bad
+    Column("last_copies", BigInteger, nullable=False, server_default=text("0")),  # of these, those without another
+    Column("reason", String(2_000), nullable=False, server_default=""),
+    Column("created_at", Instant, nullable=False),
+    Column("began_at", Instant),  # before the catalogue was asked; of the last attempt
+    Column("compared_at", Instant),  # what was found is complete since
+    Column("finished_at", Instant),
+    Index("uq_scans_live", "endpoint_id", unique=True, postgresql_where=LIVE_SCAN, sqlite_where=LIVE_SCAN),
+    Index("ix_scans_endpoint_id", "endpoint_id", "id"),
+    Index("ix_scans_site_id", "site_id", postgresql_where=LIVE_SCAN, sqlite_where=LIVE_SCAN),
+)
+
+findings = Table(
+    "findings",
+    metadata,
+    # What the last two complete scans of each endpoint found.
+    Column("id", Id, primary_key=True),
+    Column("scan_id", Id, ForeignKey("scans.id"), nullable=False),
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), nullable=False),
+    Column("kind", String(8), nullable=False),  # missing | differs | dark | odd
+    Column("state", State(states.FindingState), nullable=False),
+    Column("path", String(8_192), nullable=False),
+    Column("path_hash", LargeBinary(16), nullable=False),
+    Column("file_id", Id),  # of what the catalogue knows
+    Column("generation", Integer),
+    Column("size_bytes", BigInteger, nullable=False),  # as the catalogue knows it, or as it lies there
+    Column("found_bytes", BigInteger),
+    Column("mtime_ns", BigInteger, nullable=False, server_default=text("0")),
+    Column("first_seen_at", Instant, nullable=False),  # by the first of the scans without a gap that saw it
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    Column("worker", String(128)),
+    Column("lease_until", Instant),
+    Column("reason", String(2_000), nullable=False, server_default=""),
+    Index("uq_findings_path", "scan_id", "kind", "path_hash", unique=True),
+    Index("ix_findings_open", "endpoint_id", postgresql_where=OPEN_FINDING, sqlite_where=OPEN_FINDING),
+    Index("ix_findings_endpoint_id", "endpoint_id", "scan_id"),
+)
+
 # --- what happened --------------------------------------------------------------------------------------------------
 
 events = Table(
