@@ -7,12 +7,12 @@ Promises  no clock: moments come in. One look never suffices: what counts was fo
           is what is wrong. Only a person can say that it is so nevertheless.
 Partner   replica.catalog.scans gathers and carries out; workers.scanning lists and looks once more.
 
-| kind    | the catalogue                                     | the storage            | when confirmed                 |
-|---------|---------------------------------------------------|------------------------|--------------------------------|
-| missing | available since before the scan, and after it     | nothing of that name   | looked for again, declared bad |
-| differs | the same                                          | a file of another size | looked at again, declared bad  |
-| dark    | no replica, transfer or deletion, before or after | a file                 | kept, until a person says      |
-| odd     | cannot know it                                    | a link, a strange name | told, and always kept          |
+| kind    | the catalogue                                 | the storage            | when confirmed                |
+|---------|-----------------------------------------------|------------------------|-------------------------------|
+| missing | available since before the scan, and after it | nothing of that name   | looked for again, then bad    |
+| differs | the same                                      | a file of another size | looked at again, then bad     |
+| dark    | no replica, transfer, deletion then or since  | a file                 | kept, until a person says     |
+| odd     | cannot know it                                | a link, a strange name | told, and always kept         |
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Facts:
     lease_seconds: float
     retry_base_seconds: float
     undelete_seconds: float
-    scans: Policy = Policy()
+    scans: Policy
 
 
 @dataclass(slots=True)

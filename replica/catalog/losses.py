@@ -68,10 +68,7 @@ def _declare(s: Session, triples: Sequence[Triple], state: ReplicaState, looked_
         .where(
             Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE)),
             Unguessed(replicas.c.generation == these.c.generation),
-            Unguessed(
-                sa.func.coalesce(sa.type_coerce(replicas.c.verified_at, sa.BigInteger()), 0)
-                <= sa.type_coerce(sa.literal(looked_at, Instant()), sa.BigInteger())
-            ),
+            Unguessed(replicas.c.verified_at <= sa.literal(looked_at, Instant())),
         )
     )
     guilty = sorted((row.file_id, row.endpoint_id) for row in s.execute(query))

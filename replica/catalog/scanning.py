@@ -274,10 +274,7 @@ def _missing(s: Session, scan: sa.Row[Any], told: Sequence[wire.MissingFile]) ->
         .where(
             Unguessed(replicas.c.state == literal(ReplicaState.AVAILABLE)),
             Unguessed(replicas.c.generation == here.c.generation),
-            Unguessed(
-                sa.func.coalesce(sa.type_coerce(replicas.c.verified_at, sa.BigInteger()), 0)
-                <= sa.type_coerce(sa.literal(scan.began_at, Instant()), sa.BigInteger())
-            ),
+            Unguessed(replicas.c.verified_at <= sa.literal(scan.began_at, Instant())),
         )
     )
     layout = dark.layout_of(s, scan.endpoint_id)

@@ -2,8 +2,8 @@
 
 Given     a file, plain or gzip: CSV of `path[,size[,checksum]]`, paths relative to the endpoint's root.
 Returns   entries as a storage lists them.
-Promises  reads it line by line; a line that cannot be right is an error that names it, for a line that is left out
-          would be taken for a missing file. What is Replica's own is left out. A name that is not UTF-8 is told as such.
+Promises  reads it line by line; a line that cannot be right is an error that names it, for a line that is left out is
+          taken for a missing file. What is Replica's own is left out. A name that is not UTF-8 is told as such.
 Partner   `replica scan --listing`.
 
 A path with a comma, a quote or a line break in it stands in quotes, as CSV has it. A first line that says `path` is a
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from replica.storage.base import OWN, Entry, check_path
 from replica.storage.comparing import NO_SIZE
@@ -28,8 +30,8 @@ def entries(path: Path) -> Iterator[Entry]:
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == _GZIP
         raw.seek(0)
-        opened = gzip.open(raw, "rt", **_TEXT) if is_gzip else path.open("r", **_TEXT)  # type: ignore[call-overload]
-        with opened as lines:
+        unpacked = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+        with io.TextIOWrapper(unpacked, encoding="utf-8", errors="surrogateescape", newline="") as lines:
             reader = csv.reader(lines)
             try:
                 for row in reader:
@@ -39,9 +41,6 @@ def entries(path: Path) -> Iterator[Entry]:
                             yield entry
             except (csv.Error, EOFError, gzip.BadGzipFile) as error:
                 raise Invalid(f"{path}, line {reader.line_num}: {error}", hint="is the file whole?") from None
-
-
-_TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
 def _entry(row: list[str], where: str) -> Entry | None:

@@ -111,6 +111,8 @@ def test_the_table_keeps_workers_away_from_everything_but_their_orders(service: 
     assert open_to_workers == {
         "GET /api/v1/whoami",
         "POST /api/v1/orders/claim",
+        *(f"POST /api/v1/orders/scans/{what}" for what in ("claim", "heartbeat", "known", "found", "compared")),
+        *(f"POST /api/v1/orders/scans/{what}" for what in ("probed", "failed", "dark")),
         "POST /api/v1/orders/heartbeat",
         "POST /api/v1/orders/report",
         "POST /api/v1/orders/deletions/claim",

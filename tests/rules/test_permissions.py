@@ -44,7 +44,7 @@ def test_a_site_in_the_token_of_anybody_else_gives_no_work() -> None:
 
 
 def test_the_actions_are_these() -> None:
-    assert len(ACTIONS) == 28
+    assert len(ACTIONS) == 30
     assert {"endpoint.write", "transfer.write", "orders.work", "account.read", "service.read"} <= ACTIONS
     assert "service.write" not in ACTIONS
 

@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from rules import states
 from rules.rule_state import state_of
 from rules.states import (
+    FINDING,
     REPLICA,
     RULE,
+    SCAN,
+    SCAN_LEASED,
+    SCAN_LIVE,
+    SCAN_TERMINAL,
     TRANSFER,
     TRANSFER_LEASED,
     TRANSFER_TERMINAL,
     Coded,
+    FindingState,
     ReplicaState,
     RuleState,
+    ScanState,
     TransferEvent,
     TransferState,
     transfer_sources,
@@ -46,6 +53,8 @@ def reachable(edges: Mapping[S, frozenset[S]], beginnings: set[S]) -> set[S]:
         (TRANSFER_EDGES, TransferState, {TransferState.QUEUED}),
         (REPLICA, ReplicaState, {ReplicaState.COPYING}),
         (RULE, RuleState, {RuleState.REPLICATING, RuleState.WAITING_APPROVAL}),
+        (SCAN, ScanState, {ScanState.QUEUED}),
+        (FINDING, FindingState, {FindingState.SEEN}),
     ],
 )
 def test_every_state_is_reachable(edges: Mapping[S, frozenset[S]], kind: type[S], beginnings: set[S]) -> None:
@@ -57,6 +66,8 @@ def test_only_terminal_states_cannot_be_left() -> None:
     assert {s for s, ways in TRANSFER_EDGES.items() if not ways} == TRANSFER_TERMINAL
     assert {s for s, ways in RULE.items() if not ways} == {RuleState.EXPIRED}
     assert all(REPLICA.values())
+    assert {s for s, ways in SCAN.items() if not ways} == SCAN_TERMINAL
+    assert SCAN_LEASED < SCAN_LIVE and SCAN_LIVE.isdisjoint(SCAN_TERMINAL)
 
 
 def test_every_open_transfer_can_still_be_done_failed_or_cancelled() -> None:

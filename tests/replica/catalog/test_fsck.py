@@ -116,6 +116,24 @@ def deletion(state: int, file: str, endpoint: str, generation: int = 1, more: st
     )
 
 
+NEW_SCAN = (
+    "INSERT INTO scans (endpoint_id, site_id, state, listed_by, created_at{more})"
+    " SELECT e.id, e.site_id, {state}, 'worker', 0{values} FROM endpoints e WHERE e.name = 'DESY-DISK'"
+)
+NEW_FINDING = (
+    "INSERT INTO findings (scan_id, endpoint_id, kind, state, path, path_hash, size_bytes, first_seen_at)"
+    " SELECT max(id), {endpoint}, '{kind}', {state}, 'p', '1234567890123456', 0, 0 FROM scans"
+)
+
+
+def scan(state: int, more: str = "", values: str = "") -> str:
+    return NEW_SCAN.format(state=state, more=more, values=values)
+
+
+def finding(kind: str, state: int, endpoint: str = "DESY-DISK") -> str:
+    return NEW_FINDING.format(kind=kind, state=state, endpoint=at(endpoint))
+
+
 DELETING = f"UPDATE replicas SET state = 5 WHERE file_id = {{}} AND endpoint_id = {at('DESY-DISK')}"
 ENDED = first_of("ended")
 
@@ -267,6 +285,16 @@ PLANTS = [
         "deletion-last-copy",
     ),
     plant("references", f"UPDATE transfers SET source_id = 999 WHERE id = {DONE}"),
+    # scans
+    plant("scan-once", "DROP INDEX uq_scans_live; " + "; ".join([scan(1)] * 2)),
+    plant("scan-lease", scan(2)),
+    plant("scan-lease", scan(1, ", lease_until", ", 7")),
+    plant("scan-finished", scan(6, ", compared_at", ", 7")),
+    plant("scan-finished", scan(3)),
+    plant("finding-scan", scan(1) + "; " + finding("dark", 1, "GSI-DISK")),
+    plant("finding-scan", scan(1) + "; " + finding("missing", 1)),
+    plant("finding-lease", scan(1) + "; " + finding("dark", 7)),
+    plant("finding-lease", scan(1) + "; " + finding("odd", 6)),
     # the ledger
     plant("usage", f"UPDATE usage SET bytes = bytes + 1 WHERE endpoint_id = {at('GSI-DISK')}", repaired=True),
     plant("usage", f"DELETE FROM usage WHERE endpoint_id = {at('HZDR-DISK')}", repaired=True),
