@@ -72,6 +72,7 @@ class Centre:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/api/v1/orders/{what}", self._orders)
         app.router.add_post("/api/v1/orders/deletions/{what}", self._deletions)
+        app.router.add_post("/api/v1/orders/scans/{what}", self._scans)
         app.router.add_post("/api/v1/endpoints/{name}/{what}", self._space)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -137,6 +138,13 @@ class Centre:
                 stale = [o.deletion for o in outcomes if o not in known]
                 answer = wire.ReportAnswer(accepted=len(known), stale=stale)
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+    async def _scans(self, request: web.Request) -> web.Response:
+        """There is nothing to scan."""
+        if (refused := await self._hurdles(request, f"scans.{request.match_info['what']}")) is not None:
+            return refused
+        work = wire.ScanWork(scan=None, dark=[], lease_seconds=self.lease_seconds)
+        return web.Response(body=msgspec.json.encode(work), content_type="application/json")
 
     async def _space(self, request: web.Request) -> web.Response:
         if (refused := await self._hurdles(request, "space")) is not None:

@@ -19,8 +19,8 @@ from replica.client import AsyncClient, Client
 from replica.db import tables
 from replica.db.engine import Database
 from replica.storage.base import Entry
+from replica.storage.credentials import Credentials
 from replica.storage.posix import PosixStorage
-from replica.storage.registry import open_storage
 from rules.errors import Refused
 from rules.reconciling import Policy
 from rules.states import FindingState, ReplicaState
@@ -36,7 +36,15 @@ POLICY = Policy(every_days=7)
 class Place:
     """An endpoint with files, as the catalogue and as its storage have them; and a worker that looks when told."""
 
-    def __init__(self, db: Database, service: Any, directory: Path, url: str | None = None) -> None:
+    def __init__(
+        self,
+        db: Database,
+        service: Any,
+        directory: Path,
+        url: str | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self.credentials = credentials
         self.db, self.service, self.directory = db, service, directory
         self.root = directory / "disk"
         self.client: Client = service.client()
@@ -79,7 +87,7 @@ class Place:
         scanner = Scanner(
             lambda: speaking,
             trouble,
-            Storages(),
+            Storages((), self.credentials),
             server=self.service.url,
             worker="w",
             stopping=asyncio.Event(),
@@ -117,9 +125,11 @@ class Place:
 
 
 @contextmanager
-def placed(db: Database, directory: Path, url: str | None = None) -> Iterator[Place]:
+def placed(
+    db: Database, directory: Path, url: str | None = None, credentials: Credentials | None = None
+) -> Iterator[Place]:
     with serving(db, scan_policy=POLICY, lease_seconds=LEASE) as service:
-        yield Place(db, service, directory, url)
+        yield Place(db, service, directory, url, credentials)
 
 
 @pytest.fixture
@@ -432,39 +442,3 @@ async def test_many_files_take_few_statements(
         scan = await place.scan()
     assert (scan.state, scan.dark_files, scan.known_files) == ("done", 100, 3_000)
     assert statements.count < 150
-
-
-async def other_storage(db: Database, tmp_path: Path, url: str) -> None:
-    """Listings of real servers speak of the same paths, sizes and times as the catalogue and as `stat` do."""
-    storage = open_storage(url, name="DISK")
-    await storage.prepare()
-
-    async def put(path: str) -> None:
-        async def content() -> AsyncIterator[bytes]:
-            yield path.encode()
-
-        part = f".replica/part/{abs(hash(path))}"
-        await storage.write(part, content())
-        await storage.publish(part, path)
-
-    with placed(db, tmp_path, url) as place:
-        names = [f"a b/ü{i}" for i in range(25)]
-        place.sizes = {name: len(f"t/{name}".encode()) for name in names}
-        for name in [*names, "dark & %41"]:
-            await put(f"t/{name}")
-        place.register(*names, "never/was") if place.sizes.setdefault("never/was", 1) else None
-        clock = db.clock
-        assert isinstance(clock, HandClock)
-        clock.turn(seconds=1)
-        scan = await place.scan()
-        assert scan.state == "done", scan.reason
-        assert (scan.listed_files, scan.missing_files, scan.dark_files) == (26, 1, 1)
-        clock.turn(days=8)
-        scan = await place.scan()
-        assert (scan.state, scan.lost_files, scan.removable_files) == ("done", 1, 1), scan.reason
-        place.client.scans.remove_dark(scan.id)
-        await place.work()
-        assert place.client.scans.show(scan.id).removed_files == 1
-        assert sorted([e.path async for e in storage.list()]) == sorted(f"t/{name}" for name in names)
-        place.check()
-    await storage.close()

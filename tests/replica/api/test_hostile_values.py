@@ -25,6 +25,8 @@ VALUES = [
     *([], {}, [None], {"a'b": 1}, {"$where": "1"}, {"a": 10**40}, {"a": 1e300}, {"a": None}, {"a": ["x"]}),
     *({"x" * 200: 1}, {"a": "x" * 5_000}, {"ключ": "значение"}),
 ]
+FOUND: dict[str, Any] = {"missing": [[1, 1, None]], "dark": [["s/x", 1, 0, ""]]}
+COMPARED = {"listed_files": 1, "listed_bytes": 1, "missing": 1, "dark": 1}
 #: A request that would be done, for each route that takes a document.
 GOOD: dict[str, dict[str, Any]] = {
     "POST /api/v1/sites": {"name": "GSI"},
@@ -174,6 +176,30 @@ GOOD: dict[str, dict[str, Any]] = {
                 "retry_after_seconds": 1,
             }
         ],
+    },
+    "POST /api/v1/scans": {
+        "endpoint": "DESY-DISK",
+        "accept_fraction": False,
+        "listing": False,
+        "listed_at": "2026-01-01T00:00:00Z",
+    },
+    "POST /api/v1/scans/known": {"scan": 1, "epoch": 1, "after": 0},
+    "POST /api/v1/scans/found": {"scan": 1, "epoch": 1, **FOUND},
+    "POST /api/v1/scans/compared": {"scan": 1, "epoch": 1, **COMPARED},
+    "POST /api/v1/scans/failed": {"scan": 1, "epoch": 1, "given_back": False, "message": ""},
+    "POST /api/v1/orders/scans/claim": {"worker": "w"},
+    "POST /api/v1/orders/scans/heartbeat": {"scan": 1, "epoch": 1, "phase": "listing", "files": 1},
+    "POST /api/v1/orders/scans/known": {"scan": 1, "epoch": 1, "after": 0},
+    "POST /api/v1/orders/scans/found": {"scan": 1, "epoch": 1, **FOUND},
+    "POST /api/v1/orders/scans/compared": {"scan": 1, "epoch": 1, **COMPARED},
+    "POST /api/v1/orders/scans/probed": {
+        "scan": 1,
+        "epoch": 1,
+        "outcomes": [{"finding": 1, "outcome": "missing", "message": ""}],
+    },
+    "POST /api/v1/orders/scans/failed": {"scan": 1, "epoch": 1, "given_back": False, "message": ""},
+    "POST /api/v1/orders/scans/dark": {
+        "outcomes": [{"finding": 1, "epoch": 1, "outcome": "removed", "message": ""}],
     },
     # Last, as nothing goes to the endpoint afterwards.
     "POST /api/v1/endpoints/{endpoint}/ban": {"reason": "dust", "read": True, "write": True, "delete": True},
