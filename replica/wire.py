@@ -965,6 +965,8 @@ class Order(Answer):
     sources: list[OrderSource]
     #: The attempt this is, from 1.
     attempt: int
+    #: There were good bytes at the target once: what is still right of them need not be moved.
+    repair: bool = False
 
 
 class Orders(Answer):
@@ -1005,6 +1007,8 @@ class Outcome(Document):
     source_endpoint: Text | None = None
     size: Count | None = None
     checksums: dict[str, str] = {}
+    #: What sources had to give, where that is less than all: a repair.
+    moved_bytes: Count | None = None
     adopted: bool = False
     verified_by: Text = ""
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -1415,3 +1419,224 @@ class DarkOutcome(Document):
 
 class DarkReport(Document):
     outcomes: Bulk[DarkOutcome]
+
+
+# --- integrity ------------------------------------------------------------------------------------------------------
+
+
+class BadReplicas(Document):
+    """Replicas at one endpoint that are bad, in somebody's word. Nothing of them is destroyed by saying so."""
+
+    endpoint: Text
+    dids: Bulk[DidText]
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=2_000)]
+    #: Make new bytes of a good copy there also where no rule asks for it.
+    repair: bool = False
+
+
+class BadDeclared(Answer):
+    #: Bad now that were not before.
+    bad: int
+    #: Bad already.
+    known: int
+    #: DIDs of those that are bad and of which no good copy is known: kept as they are, until somebody finds one.
+    last_copies: list[str]
+    #: Transfers that were made where no rule asks for one.
+    repairs: int
+
+
+class GoodReplicas(Document):
+    """Replicas at one endpoint that were declared bad, and are not, in somebody's word."""
+
+    endpoint: Text
+    dids: Bulk[DidText]
+
+
+class GoodDeclared(Answer):
+    #: What they were before: no worker had ever found them wrong.
+    good: int
+    #: A worker of the site reads them first; only what it finds counts.
+    to_verify: int
+
+
+class RepairWish(Document):
+    did: DidText
+    endpoint: Text
+
+
+class Suspect(Answer):
+    """A replica that is doubted, or bad."""
+
+    did: str
+    endpoint: str
+    #: The replica's: available or unavailable while it is only doubted; bad.
+    state: str
+    #: source | scrub | scan | person
+    why: str
+    message: str
+    #: Its own site's worker found it so.
+    proven: bool
+    account: str | None
+    since: datetime
+    #: When a worker looks next; None: none will.
+    due_at: datetime | None
+    attempts: int
+
+
+class ScrubChange(Document):
+    """How the replicas of an endpoint are read again. Absent fields stay as they are; null: no limit."""
+
+    depth: Literal["off", "shallow", "deep"] | msgspec.UnsetType = msgspec.UNSET
+    bytes_per_second: Annotated[int, msgspec.Meta(ge=1, le=2**62)] | msgspec.UnsetType | None = msgspec.UNSET
+    files_per_second: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | msgspec.UnsetType | None = msgspec.UNSET
+    period_seconds: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | msgspec.UnsetType = msgspec.UNSET
+    #: When more than this part of what was read is wrong, nothing is declared bad, and a person is asked.
+    guard_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] | msgspec.UnsetType = msgspec.UNSET
+    #: Go on after a halt.
+    resume: bool = False
+    #: Begin a pass now.
+    now: bool = False
+
+
+class Scrub(Answer):
+    """How the replicas of an endpoint are read again, and how far that is."""
+
+    endpoint: str
+    site: str
+    depth: str
+    bytes_per_second: int | None
+    files_per_second: float | None
+    period_seconds: int
+    guard_fraction: float
+    pass_number: int
+    #: Of this pass; the next one begins then.
+    pass_began_at: datetime
+    #: Of the pass before.
+    pass_ended_at: datetime | None
+    #: Of this pass, so far: read, and found wrong.
+    files: int
+    bytes: int
+    wrong: int
+    #: How much of all files' numbers is passed, from 0 to 1.
+    progress: float
+    next_at: datetime
+    worker: str | None
+    trouble: str
+    halted_at: datetime | None
+    halted_why: str
+    #: Replicas of this endpoint that are doubted, and that are bad.
+    suspicious: int
+    bad: int
+
+
+class Scrubs(Answer):
+    items: list[Scrub]
+
+
+#: Replicas in one batch of looks.
+CHECKS_MAX = 1_000
+
+
+class CheckClaim(Document):
+    worker: Text
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 16
+
+
+class Check(Answer):
+    """One replica to look at where it lies."""
+
+    file: int
+    endpoint_id: int
+    #: Of a probe; of a batch it stands in the batch.
+    epoch: int
+    did: str
+    endpoint: str
+    url: str
+    path: str
+    size: int
+    checksums: dict[str, str]
+
+
+class ScrubOrder(Answer):
+    """A part of an endpoint's pass, in the order in which it is to be read."""
+
+    endpoint_id: int
+    epoch: int
+    depth: str
+    bytes_per_second: int | None
+    checks: list[Check]
+
+
+class Checks(Answer):
+    """Probes go first: there is a scrub only if there is none."""
+
+    probes: list[Check]
+    scrub: ScrubOrder | None
+    lease_seconds: float
+    #: There may be more to do after so long.
+    again_seconds: float
+
+
+Millionths = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class ProbeBeat(Document):
+    file: Count
+    endpoint_id: Count
+    epoch: Millionths
+
+
+class CheckHeartbeat(Document):
+    worker: Text
+    probes: Annotated[list[ProbeBeat], msgspec.Meta(max_length=CHECKS_MAX)] = []
+    #: Endpoint and epoch of the batch in hands.
+    scrub: tuple[Count, Epoch] | None = None
+
+
+class CheckBeatAnswer(Answer):
+    lease_seconds: float
+    #: Files of probes to stop; and whether the batch is to be stopped.
+    stop: list[int]
+    stop_scrub: bool
+
+
+class CheckOutcome(Document):
+    """What was found at one replica.
+
+    *ok*: all of it was looked at, and it is the catalogue's. *differs*, *missing*: it is not, or there is nothing, and
+    the storage itself was there; of a probe: twice. *unsteady*: once so, once so. *failed*: nothing can be said.
+    *given_back*: the worker stops.
+    """
+
+    file: Count
+    endpoint_id: Count
+    epoch: Millionths
+    outcome: Literal["ok", "differs", "missing", "unsteady", "failed", "given_back"]
+    size: Count | None = None
+    checksums: dict[str, str] = {}
+    error: Text = ""
+    message: Annotated[str, msgspec.Meta(max_length=4_000)] = ""
+
+
+class ScrubReport(Document):
+    endpoint_id: Count
+    epoch: Epoch
+    findings: Annotated[list[CheckOutcome], msgspec.Meta(max_length=CHECKS_MAX)]
+    #: Nothing is left of the batch.
+    over: bool
+    #: Why it ends before its time: the storage cannot be reached, for one.
+    trouble: Annotated[str, msgspec.Meta(max_length=4_000)] = ""
+
+
+class CheckReport(Document):
+    worker: Text
+    probes: Annotated[list[CheckOutcome], msgspec.Meta(max_length=CHECKS_MAX)] = []
+    scrub: ScrubReport | None = None
+
+
+class CheckAnswer(Answer):
+    accepted: int
+    #: Files of probes that are not the worker's any more.
+    stale: list[int]
+    #: The batch goes on: it is still the worker's, and nothing stopped it.
+    scrub_goes_on: bool

@@ -9,8 +9,9 @@ Partner   replica.api enforces it; every route names its action.
 |-------|----------------------------------------------------------------------------------------------|
 | admin | everything but a site's work: `orders.work` needs a site, and an administrator has none      |
 | user  | read everything but webhooks, whose URLs may be secret; write scopes, DIDs and replicas;     |
-|       | write rules and subscriptions, of its own account                                            |
-| site  | work off the orders of its own site (handlers take the site from the actor), ask for health  |
+|       | write rules and subscriptions, of its own account; say which of its replicas are bad         |
+| site  | work off the orders of its own site (handlers take the site from the actor), ask for health; |
+|       | say which replicas at its own endpoints are bad                                              |
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ACTIONS = frozenset(f"{noun}.{verb}" for noun in _NOUNS for verb in ("read", "wr
     "service.read",
     "event.read",
     "rule.approve",
+    "replica.judge",
 }
 
 
@@ -47,8 +49,9 @@ _READING = frozenset(action for action in ACTIONS if action.endswith(".read")) -
 _MAY: Mapping[Role, frozenset[str]] = MappingProxyType(
     {
         Role.ADMIN: ACTIONS - {"orders.work"},
-        Role.USER: _READING | {"scope.write", "did.write", "replica.write", "rule.write", "subscription.write"},
-        Role.SITE: frozenset({"orders.work", "service.read"}),
+        Role.USER: _READING
+        | {"scope.write", "did.write", "replica.write", "rule.write", "subscription.write", "replica.judge"},
+        Role.SITE: frozenset({"orders.work", "service.read", "replica.judge"}),
     }
 )
 

@@ -35,6 +35,7 @@ from replica.storage.copy import (
     resumable,
 )
 from replica.storage.posix import PosixStorage
+from replica.storage.repair import repair
 from rules.checksums import Checksums
 from rules.errors import Busy, Invalid, Permanent, ReplicaError, Side, SourceMissing, StorageError, Transient
 from workers.storages import Storages, is_local
@@ -213,6 +214,9 @@ class Carrier:
         if not order.sources:
             await self._verify_in_place(held)
             return
+        if failure is None and order.repair and order.size > chunks.CHUNK_BYTES:
+            await self._repair(held)
+            return
         if failure is None and order.size > chunks.RESUME_BYTES and await self._copy_large(held):
             return
         blamed = order.sources[first - 1].endpoint if failure is not None else None
@@ -286,6 +290,53 @@ class Carrier:
             self._log.info("transfer.resumed", did=order.did, transfer=order.transfer, moved_bytes=copied.moved_bytes)
         self._finish(held, _done(held, copied, copied.source or order.sources[0].endpoint, time.monotonic() - began))
         return True
+
+    async def _repair(self, held: Held) -> None:
+        """In place: the damaged file stays until a new one is proven, made of its good chunks and of fetched ones."""
+        order = held.order
+        began = time.monotonic()
+        failures: dict[str, Exception] = {}
+        try:
+            target = await self._opened(order.target_url, order.target_endpoint, "target")
+            sources = []
+            for source in order.sources:
+                try:
+                    storage = await self._opened(source.url, source.endpoint, "source")
+                    sources.append(Source(storage, source.path))
+                except Exception as error:  # noqa: BLE001  the other sources may do
+                    failures[source.endpoint] = error
+            if not sources:
+                raise next(iter(failures.values()))
+            repaired = await repair(
+                target,
+                order.target_path,
+                sources,
+                lineage=held.lineage,
+                expected=held.expected,
+                control=held.control,
+                before_publish=held.before_publish,
+                on_failure=lambda source, error: self._source_failed(held, source.storage.name, error),
+            )
+        except Exception as error:  # noqa: BLE001  whatever it is, it is this order's outcome
+            at_source = isinstance(error, StorageError) and error.side == "source"
+            known = {source.endpoint for source in order.sources}
+            blamed = error.endpoint if isinstance(error, StorageError) and error.endpoint in known else None
+            self._finish(held, self._ended(held, error, blamed or order.sources[0].endpoint if at_source else None))
+            return
+        copied = repaired.copied
+        self._log.info(
+            "replica.repaired",
+            did=order.did,
+            transfer=order.transfer,
+            endpoint=order.target_endpoint,
+            damaged_chunks=len(repaired.damaged),
+            chunk_bytes=repaired.chunk_bytes,
+            moved_bytes=copied.moved_bytes,
+        )
+        done = _done(held, copied, copied.source or order.sources[0].endpoint, time.monotonic() - began)
+        if not copied.adopted:
+            done.moved_bytes = copied.moved_bytes
+        self._finish(held, done)
 
     def _source_failed(self, held: Held, endpoint: str, error: Exception) -> None:
         self._log.info("source.failed", did=held.order.did, endpoint=endpoint, reason=str(error))

@@ -7,8 +7,8 @@ Promises  an order is worked on only while its lease is known to be alive, by th
           twice does no harm; a failure of the target never blames a source; nothing ends the loop but `stop`.
 Partner   replica.storage.copy moves one file; replica.catalog.transfers gives orders and takes reports.
 
-Beside all that go workers.removing, which removes what the site shall keep no longer, and workers.scanning, which
-looks whether its storages hold what the catalogue says.
+Beside all that go workers.removing, which removes what the site shall keep no longer, workers.scanning, which looks
+whether its storages hold what the catalogue says, and workers.checking, which looks whether what they hold is right.
 
     claim ──▶ waiting ──▶ a slot: one large file, or a list of small ones ──▶ outcomes ──▶ report
       ▲          │                       ▲
@@ -38,6 +38,7 @@ from replica.storage.base import Storage
 from replica.storage.credentials import Credentials
 from rules.errors import Invalid, NoSpace, NotAllowed, NotAuthenticated, ReplicaError, Unavailable
 from workers.carrying import LIST_BYTES, LIST_FILES, Carrier, Held
+from workers.checking import Checker
 from workers.removing import Remover
 from workers.runtime import LEASE_TRUSTED, REQUEST_SECONDS
 from workers.scanning import Scanner
@@ -109,7 +110,8 @@ class Mover:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._state_lock = threading.Lock()
         self._stopping = False
-        self._sparing = {what: Sparing(60) for what in ("claim", "report", "heartbeat", "removals", "scans")}
+        loops = ("claim", "report", "heartbeat", "removals", "scans", "checks")
+        self._sparing = {what: Sparing(60) for what in loops}
 
     # ── from outside ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -121,6 +123,7 @@ class Mover:
         self._woken.set()
         self.remover.wake()
         self.scanner.wake()
+        self.checker.wake()
 
     def stop(self) -> None:
         """Claim nothing more, finish or give back what is held, report, and return from `run`."""
@@ -163,6 +166,15 @@ class Mover:
             poll_seconds=self.poll_seconds,
             dice=self._dice,
         )
+        self.checker = Checker(
+            self._speak,
+            self._trouble,
+            self._storages,
+            worker=self.worker,
+            stopping=self._stop_asked,
+            poll_seconds=self.poll_seconds,
+            dice=self._dice,
+        )
         with self._state_lock:
             self._loop = asyncio.get_running_loop()
             if self._stopping:
@@ -171,27 +183,24 @@ class Mover:
         slots = [asyncio.create_task(self._slot()) for _ in range(self.concurrency)]
         claimer = asyncio.create_task(self._claim_for_ever())
         others = [asyncio.create_task(self._beat_for_ever()), asyncio.create_task(self._report_for_ever())]
-        removing = asyncio.create_task(self.remover.run())
-        scanning = asyncio.create_task(self.scanner.run())
+        beside = [asyncio.create_task(loop.run()) for loop in (self.remover, self.scanner, self.checker)]
         self._log.info("mover.started", server=self.server, concurrency=self.concurrency)
         try:
             asked = asyncio.create_task(self._stop_asked.wait())
-            tasks = [asked, claimer, removing, scanning, *others, *slots]
+            tasks = [asked, claimer, *beside, *others, *slots]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks[1:]:
                 if task.done():
                     task.result()  # none of them ends by itself: this raises what went wrong
             await self._wind_up(claimer)
-            # What it holds is given back and told; while the server does not answer, nothing else can be done for it.
-            await asyncio.wait([removing, scanning], timeout=self.stop_seconds / 4)
+            # What they hold is given back and told; while the server does not answer, nothing else can be done for it.
+            await asyncio.wait(beside, timeout=self.stop_seconds / 4)
         finally:
-            for task in (*slots, claimer, removing, scanning, *others, *self._background):
+            for task in (*slots, claimer, *beside, *others, *self._background):
                 task.cancel()
             for held in self._held.values():
                 held.control.stop()
-            await asyncio.gather(
-                *slots, claimer, removing, scanning, *others, *self._background, return_exceptions=True
-            )
+            await asyncio.gather(*slots, claimer, *beside, *others, *self._background, return_exceptions=True)
             with self._state_lock:
                 self._loop = None
             self.busy_since = None

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from replica.catalog import (
     guards,
+    integrity,
     locks,
     placing,
     provision,
@@ -103,7 +104,7 @@ def _evaluate(s: Session, rule: sa.Row[Any], limit_files: int) -> int:
     worked, more = _place(s, rule) if placing_on else (0, False)
     applied = 0 if more and locks.places_all_first(rule) else provision.apply_locks(s, rule.id, limit_files)
     if not placing_on and not applied:
-        reasons.replace(s, rule.id, relocated.found)
+        reasons.replace(s, rule.id, [*relocated.found, *_last_copies(s, rule)])
         if not lost and not postponed:
             _recount(s, rule)
     else:
@@ -184,6 +185,8 @@ def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[i
         .outerjoin(replicas, of_pair(held))
         .where(
             sa.or_(replicas.c.state.is_(None), Unguessed(replicas.c.state != literal(ReplicaState.AVAILABLE))),
+            # A last copy that is bad: nobody could bring it, and to say that somebody does would be a lie.
+            sa.or_(replicas.c.state.is_(None), sa.not_(Unguessed(integrity.is_hopeless()))),
             sa.not_(provision.is_live(held.c.file_id, held.c.endpoint_id)),
         )
         .distinct()
@@ -201,6 +204,15 @@ def _lost(s: Session, rule: sa.Row[Any], limit_files: int) -> tuple[list[tuple[i
     theirs = s.execute(sa.select(cover.c.file_id, cover.c.endpoint_id).where(cover.c.rule_id.in_(sorted(busy))))
     taken = {(row.file_id, row.endpoint_id) for row in theirs}
     return [pair for pair in pairs if pair not in taken], True
+
+
+def _last_copies(s: Session, rule: sa.Row[Any]) -> list[reasons.Found]:
+    """Of a rule that is stuck, those of its copies that are bad and that nothing is left to heal from."""
+    if rule.state is not RuleState.STUCK:
+        return []
+    held = files_of(_open_locks(rule))
+    pairs = sa.select(held.c.file_id, held.c.endpoint_id).distinct().subquery("open_pairs")
+    return integrity.last_copies(s, rule.id, pairs)
 
 
 def _open_locks(rule: sa.Row[Any]) -> sa.Subquery:

@@ -154,6 +154,16 @@ INVARIANTS = (
         "{file} at {endpoint} is on its way, and nobody wants it or clears it away",
     ),
     Invariant(
+        "replica-bad",
+        "A replica that is bad says why, and by whose word or look.",
+        sql("""
+            SELECT r.file_id, r.endpoint_id FROM replicas r
+            WHERE r.state = {replica.BAD}
+              AND NOT EXISTS (SELECT 1 FROM suspects u WHERE u.file_id = r.file_id AND u.endpoint_id = r.endpoint_id
+                                AND u.was IS NOT NULL)"""),
+        "{file} at {endpoint} is bad, and nobody wrote down why",
+    ),
+    Invariant(
         "replica-deleting",
         "A replica is being deleted if and only if there is a live deletion of it.",
         sql("""

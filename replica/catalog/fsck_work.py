@@ -95,6 +95,25 @@ INVARIANTS = (
         "claim {epoch} of transfer {transfer_id} ended {ends} times; it was claimed {claims} times",
     ),
     Invariant(
+        "probe-lease",
+        "A worker holds a look at a replica if and only if one is wanted, and says since when.",
+        sql("""
+            SELECT u.file_id, u.endpoint_id, u.worker, u.lease_until, u.due_at FROM suspects u
+            WHERE u.lease_until IS NOT NULL AND (u.due_at IS NULL OR u.worker IS NULL OR u.claimed_at IS NULL)"""),
+        "the look at {file} at {endpoint} is in the hands of {worker} until {lease_until}, wanted since {due_at}",
+    ),
+    Invariant(
+        "scrub-place",
+        "A scrub's place is before the end of the batch that is under way, and it stands still where it was halted.",
+        sql("""
+            SELECT c.endpoint_id, c.reached, c.upto, c.worker, c.lease_until, c.halted_at FROM scrubs c
+            WHERE c.reached < 0 OR c.files < 0 OR c.wrong < 0 OR c.wrong > c.files
+               OR (c.lease_until IS NULL) <> (c.upto IS NULL) OR (c.upto IS NOT NULL AND c.upto < c.reached)
+               OR (c.lease_until IS NOT NULL AND (c.worker IS NULL OR c.claimed_at IS NULL))
+               OR (c.halted_at IS NOT NULL AND (c.lease_until IS NOT NULL OR c.halted_why = ''))"""),
+        "the scrub of {endpoint} is at {reached}, its batch ends at {upto}; worker: {worker}, lease: {lease_until}",
+    ),
+    Invariant(
         "deletion-once",
         "At most one deletion of a replica is under way.",
         sql("""

@@ -74,6 +74,7 @@ class _Copy(msgspec.Struct, gc=False):
     good: bool
     deleting: bool
     verified: bool  #: not merely declared
+    damaged: bool  #: there were good bytes once
     path: str | None
 
 
@@ -374,6 +375,7 @@ def _look_at_files(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> No
             replicas.c.state == literal(ReplicaState.AVAILABLE),
             replicas.c.state == literal(ReplicaState.DELETING),
             replicas.c.evidence.is_distinct_from(literal(Evidence.DECLARED)),
+            any_of(replicas.c.state, (ReplicaState.UNAVAILABLE, ReplicaState.BAD)),
             replicas.c.path,
         )
         .select_from(wanted)
@@ -546,6 +548,7 @@ def _written(row: sa.Row[Any], there: dict[int, _Copy], sources: Sequence[Source
             for source in sources
         ],
         attempt=row.attempts + 1,
+        repair=there[row.target_id].damaged,
     )
 
 

@@ -20,8 +20,20 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import breakers, guards, limits, locks, outbox, provision, reasons, rule_transfers, traffic
+from replica.catalog import (
+    breakers,
+    guards,
+    integrity,
+    limits,
+    locks,
+    outbox,
+    provision,
+    reasons,
+    rule_transfers,
+    traffic,
+)
 from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
+from replica.catalog.integrity import Doubt
 from replica.catalog.membership import Unguessed, any_of, covering, is_wished, literal, of_pair, walk_by_index
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import look_soon, settle
@@ -29,6 +41,7 @@ from replica.db.engine import Session
 from replica.db.tables import Instant, attempts, endpoints, files, replicas, rules, transfers
 from rules.checksums import DIGITS, Agreement, Checksums
 from rules.errors import ChecksumDiffers, Conflict, Invalid, SourceMissing
+from rules.integrity import Why
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 from rules.transfers import GiveUp, RetryPolicy, after_failure, describe
 
@@ -254,7 +267,10 @@ def _targets(s: Session, name: str, ended: Sequence[_Ending] | Sequence[sa.Row[A
 def _as_said(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worker: str) -> _Ending:
     source_id = sources.get(said.source_endpoint or "", row.source_id)
     if said.outcome == "done" and not said.error and not said.message:
-        return _ending(row, "done", source_id, worker, seconds=said.seconds)
+        ending = _ending(row, "done", source_id, worker, seconds=said.seconds)
+        if said.moved_bytes is not None:  # what a repair moved, for the history of attempts and of the link
+            ending.size = min(ending.size, said.moved_bytes)
+        return ending
     return _ending(
         row,
         said.outcome,
@@ -523,9 +539,12 @@ def _note(s: Session, failed: list[_Ending]) -> None:
 
 def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     """Replicas that two attempts found missing or wrong are no longer taken for good; locked ones are made anew."""
-    suspects = {(e.file_id, e.source_id) for e in endings if e.blames and e.source_id is not None}
-    if not suspects:
+    said = {(e.file_id, e.source_id): e.message or e.error for e in endings if e.blames and e.source_id is not None}
+    if not said:
         return []
+    suspects = set(said)
+    # A worker of its own site is sent to look, from the first word on.
+    integrity.suspect(s, [Doubt(f, source_id, text) for (f, source_id), text in said.items()], why=Why.SOURCE)
     batch = rows_of(s, "suspects", PAIR, sorted(suspects))
     query = (
         sa.select(replicas.c.file_id, replicas.c.endpoint_id)

@@ -538,7 +538,8 @@ def _those_there(
                 f"{file.did} is being deleted at {endpoint}", hint="register it when that is done", field="replicas"
             )
         if row.state is not ReplicaState.AVAILABLE:
-            if file.proven:
+            # What is bad was declared so: only a worker of its own site takes that back.
+            if file.proven and row.state is not ReplicaState.BAD:
                 came.append(file)
             elif row.state in (ReplicaState.COPYING, ReplicaState.BAD):
                 waiting.append(file)

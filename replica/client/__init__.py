@@ -23,6 +23,7 @@ from replica.client.dids import Dids
 from replica.client.endpoints import Endpoints
 from replica.client.events import Events
 from replica.client.http import TIMEOUT_SECONDS, SyncHttp
+from replica.client.integrity import Integrity
 from replica.client.limits import Limits
 from replica.client.orders import Orders
 from replica.client.quotas import Quotas, Usage
@@ -57,6 +58,7 @@ class Client:
         self.scopes = Scopes(self._http)
         self.dids = Dids(self._http)
         self.replicas = Replicas(self._http)
+        self.integrity = Integrity(self._http)
         self.rules = Rules(self._http)
         self.transfers = Transfers(self._http)
         self.deletions = Deletions(self._http)

@@ -20,7 +20,7 @@ import msgspec
 from yarl import URL
 
 from replica import wire
-from replica.client import deletions
+from replica.client import deletions, integrity
 from replica.client.calls import Call
 from replica.client.endpoints import report_space
 from replica.client.events import NOW, StreamReader, page_call, stream_call
@@ -153,6 +153,20 @@ class AsyncDeletions:
         return await self._http.send(deletions.report_call(report))
 
 
+class AsyncChecks:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def claim(self, claim: wire.CheckClaim) -> wire.Checks:
+        return await self._http.send(integrity.claim_call(claim))
+
+    async def heartbeat(self, heartbeat: wire.CheckHeartbeat) -> wire.CheckBeatAnswer:
+        return await self._http.send(integrity.heartbeat_call(heartbeat))
+
+    async def report(self, report: wire.CheckReport) -> wire.CheckAnswer:
+        return await self._http.send(integrity.report_call(report))
+
+
 class AsyncEndpoints:
     def __init__(self, http: AsyncHttp) -> None:
         self._http = http
@@ -217,6 +231,7 @@ class AsyncClient:
         self._http = AsyncHttp(server, token, timeout_seconds=timeout_seconds)
         self.orders = AsyncOrders(self._http)
         self.deletions = AsyncDeletions(self._http)
+        self.checks = AsyncChecks(self._http)
         self.endpoints = AsyncEndpoints(self._http)
         self.replicas = AsyncReplicas(self._http)
         self.events = AsyncEvents(self._http)

@@ -766,6 +766,68 @@ findings = Table(
     Index("ix_findings_endpoint_id", "endpoint_id", "scan_id"),
 )
 
+# --- doubts ---------------------------------------------------------------------------------------------------------
+
+DUE_SUSPECT = text("due_at IS NOT NULL")
+
+suspects = Table(
+    "suspects",
+    metadata,
+    # Replicas that are doubted, and those that are bad: few. Why, who says so, and the look at it that is to decide.
+    Column("file_id", Id, primary_key=True, autoincrement=False),
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("why", String(16), nullable=False),  # see rules.integrity.Why
+    Column("message", String(2_000), nullable=False),
+    Column("account_id", Id),  # who said it; NULL: unattended work
+    Column("since", Instant, nullable=False),
+    # A worker of its site read it wrong, or found nothing, twice. A word alone does not take that back.
+    Column("proven", Boolean, nullable=False, server_default=text("false")),
+    Column("was", State(states.ReplicaState)),  # before it was declared bad
+    # The look: not before `due_at` (NULL: none is wanted), in a worker's hands until `lease_until`.
+    Column("due_at", Instant),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),  # rises with the clock: a row may come back
+    Column("worker", String(128)),
+    Column("claimed_at", Instant),
+    Column("lease_until", Instant),
+    Index("ix_suspects_due", "endpoint_id", "due_at", postgresql_where=DUE_SUSPECT, sqlite_where=DUE_SUSPECT),
+)
+
+scrubs = Table(
+    "scrubs",
+    metadata,
+    # How the replicas of an endpoint are read again, and how far that is: in the order of the files' ids, round and
+    # round. What was verified lately is passed over; so replicas need no index by their age.
+    Column("endpoint_id", Id, ForeignKey("endpoints.id"), primary_key=True, autoincrement=False),
+    Column("depth", String(8), nullable=False),
+    Column("bytes_per_second", BigInteger),
+    Column("files_per_second", Float),
+    Column("period_seconds", Integer, nullable=False),
+    Column("guard_fraction", Float, nullable=False),
+    # This pass: files with an id up to `reached` are done.
+    Column("pass_number", Integer, nullable=False, server_default=text("1")),
+    Column("pass_began_at", Instant, nullable=False),
+    Column("pass_ended_at", Instant),  # of the one before
+    Column("reached", BigInteger, nullable=False, server_default=text("0")),
+    Column("files", BigInteger, nullable=False, server_default=text("0")),
+    Column("bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("wrong", BigInteger, nullable=False, server_default=text("0")),
+    # The batch in a worker's hands, up to which file; and when the next one may go.
+    Column("upto", BigInteger),
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    Column("worker", String(128)),
+    Column("claimed_at", Instant),
+    Column("lease_until", Instant),
+    Column("next_at", Instant, nullable=False),
+    Column("trouble", String(2_000), nullable=False, server_default=""),
+    # Too much was wrong: a person is to look.
+    Column("halted_at", Instant),
+    Column("halted_why", String(2_000), nullable=False, server_default=""),
+    # Declared bad unattended since that moment.
+    Column("bad_since", Instant),
+    Column("bad", Integer, nullable=False, server_default=text("0")),
+)
+
 # --- what happened --------------------------------------------------------------------------------------------------
 
 events = Table(

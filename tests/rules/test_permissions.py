@@ -26,11 +26,11 @@ def test_an_administrator_may_everything_but_a_sites_work() -> None:
 
 def test_a_user_may_read_everything_and_write_data_and_rules() -> None:
     reading = {action for action in ACTIONS if action.endswith(".read")}
-    assert allowed(USER) == reading - {"webhook.read"} | {f"{noun}.write" for noun in USERS_WRITE}
+    assert allowed(USER) == reading - {"webhook.read"} | {f"{noun}.write" for noun in USERS_WRITE} | {"replica.judge"}
 
 
-def test_a_sites_worker_may_work_and_nothing_else() -> None:
-    assert allowed(SITE) == {"orders.work", "service.read"}
+def test_a_sites_worker_may_work_and_say_what_is_bad_at_its_site() -> None:
+    assert allowed(SITE) == {"orders.work", "service.read", "replica.judge"}
 
 
 @pytest.mark.parametrize("site", [None, ""])
@@ -44,7 +44,7 @@ def test_a_site_in_the_token_of_anybody_else_gives_no_work() -> None:
 
 
 def test_the_actions_are_these() -> None:
-    assert len(ACTIONS) == 30
+    assert len(ACTIONS) == 31
     assert {"endpoint.write", "transfer.write", "orders.work", "account.read", "service.read"} <= ACTIONS
     assert "service.write" not in ACTIONS
 

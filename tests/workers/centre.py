@@ -73,6 +73,7 @@ class Centre:
         app.router.add_post("/api/v1/orders/{what}", self._orders)
         app.router.add_post("/api/v1/orders/deletions/{what}", self._deletions)
         app.router.add_post("/api/v1/orders/scans/{what}", self._scans)
+        app.router.add_post("/api/v1/orders/checks/{what}", self._checks)
         app.router.add_post("/api/v1/endpoints/{name}/{what}", self._space)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -145,6 +146,13 @@ class Centre:
             return refused
         work = wire.ScanWork(scan=None, dark=[], lease_seconds=self.lease_seconds)
         return web.Response(body=msgspec.json.encode(work), content_type="application/json")
+
+    async def _checks(self, request: web.Request) -> web.Response:
+        """Nothing is ever looked at here: tests/workers/test_checking.py has the real centre for that."""
+        if (refused := await self._hurdles(request, f"checks.{request.match_info['what']}")) is not None:
+            return refused
+        answer = wire.Checks(probes=[], scrub=None, lease_seconds=self.lease_seconds, again_seconds=3600.0)
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     async def _space(self, request: web.Request) -> web.Response:
         if (refused := await self._hurdles(request, "space")) is not None:

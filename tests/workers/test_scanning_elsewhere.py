@@ -91,10 +91,10 @@ async def test_webdav(apache: Any, db: Database, clock: HandClock, tmp_path: Pat
 
 
 async def _fails(storage: Storage, credentials: Credentials, db: Database, directory: Path) -> None:
-    from tests.service import listening  # the endpoint is there already: only a service over it
     from replica.api.app import create_app
     from replica.catalog import accounts, sites
     from replica.client import Client
+    from tests.service import listening  # the endpoint is there already: only a service over it
     from tests.workers.test_scanning import Place
 
     with db.write() as s:

@@ -156,6 +156,17 @@ PLANTS = [
     plant("replica-generation", f"UPDATE replicas SET generation = 0 WHERE file_id = {ENDED}"),
     plant("replica-protected", f"UPDATE replicas SET tombstone_at = 7 WHERE file_id = {first_of('whole')}"),
     plant("replica-wanted", f"UPDATE replicas SET state = 1, evidence = NULL WHERE file_id = {ENDED}"),
+    plant("replica-bad", f"UPDATE replicas SET state = 4 WHERE file_id = {ENDED}"),
+    plant(
+        "probe-lease",
+        "INSERT INTO suspects (file_id, endpoint_id, why, message, since, lease_until)"
+        f" VALUES ({ENDED}, 1, 'scan', 'x', 1, 2)",
+    ),
+    plant(
+        "scrub-place",
+        "INSERT INTO scrubs (endpoint_id, depth, period_seconds, guard_fraction, pass_began_at, next_at, files, wrong)"
+        " VALUES (1, 'deep', 1, 0.1, 1, 1, 3, 4)",
+    ),
     plant("replica-deleting", DELETING.format(ENDED)),
     plant("replica-deleting", deletion(1, ENDED, "DESY-DISK"), "deletion-last-copy"),
     plant(

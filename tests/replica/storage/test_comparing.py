@@ -31,7 +31,7 @@ def compared(folder: Path, known: dict[str, int], listed: list[Entry]) -> tuple[
 
 
 def test_names_are_compared_byte_by_byte(tmp_path: Path) -> None:
-    known = {path: 5 for path in PATHS}
+    known = dict.fromkeys(PATHS, 5)
     assert compared(tmp_path / "c", known, [Entry(path, 5, 1) for path in PATHS]) == (set(), set())
     others = [Entry(path + ".", 7, 9) for path in PATHS]
     missing, dark = compared(tmp_path / "c", known, others)

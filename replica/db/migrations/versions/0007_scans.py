@@ -10,7 +10,7 @@ from alembic import op
 from sqlalchemy import BigInteger, Boolean, Column, ForeignKey, Integer, LargeBinary, SmallInteger, String, text
 
 revision = "0007"
-down_revision = "0004"
+down_revision = "0006"
 
 Id = BigInteger().with_variant(Integer, "sqlite")
 
