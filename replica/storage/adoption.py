@@ -11,7 +11,7 @@ Partner   replica.storage.copy, chunked and repair.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from replica.storage.base import Storage
@@ -157,15 +157,28 @@ async def publish_proven(
     control: Control,
     permit: Callable[[], None] | None,
 ) -> Copied | None:
-    """Give a proven temporary its name, asking `permit` before each try. Copied: somebody else was faster, with the
-    same bytes; the temporary is still there then."""
+    """Give a proven temporary its name, as `publish_by`. After a Copied the temporary is still there."""
+    give = partial(target.publish, part, target_path)
+    return await publish_by(give, target, target_path, exactly, control, permit)
+
+
+async def publish_by(
+    give: Callable[[], Awaitable[None]],
+    target: Storage,
+    target_path: str,
+    exactly: Expected,
+    control: Control,
+    permit: Callable[[], None] | None,
+) -> Copied | None:
+    """Let `give` give proven bytes their name, asking `permit` before each try. Copied: somebody else was faster, with
+    the same bytes."""
     with blaming("target"):
         for _ in range(ROUNDS):
             control.check()
             if permit is not None:
                 permit()
             try:
-                await target.publish(part, target_path)
+                await give()
             except TargetExists:
                 there = await adopt(target, target_path, exactly, control, permit)
                 if there is not None:

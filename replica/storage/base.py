@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from rules.checksums import Checksums
 from rules.errors import Invalid
 from rules.names import shown
 
@@ -243,8 +244,36 @@ class SupportsServerCopy(Protocol):
 class SupportsDigests(Protocol):
     """The storage compares what it is sent with a digest that is sent along; `checksum` of a temporary tells it."""
 
-    async def digests(self) -> tuple[str, ...]:
-        """The algorithms, after the server was seen to refuse a wrong digest. No effect but the first look at it."""
+    async def digests(self, size_bytes: int | None = None) -> tuple[str, ...]:
+        """The algorithms for a file of that size, after the server was seen to refuse a wrong digest. No effect but the
+        first look at it."""
+        ...
+
+
+class Unseen(Protocol):
+    """A file that is at the storage, or ready to be sent there, and has no name yet."""
+
+    async def publish(self, checksums: Checksums) -> str:
+        """Give it its name, if nothing has it, and if the storage finds that what it received has the checksum that it
+        compares by; returns that algorithm. In one act: nobody ever sees a part of it, or other bytes.
+
+        `checksums` are of the bytes as they were read at the source. TargetExists: something has the name, nothing was
+        changed, and it may be asked again. After another error it may have happened: look at the name.
+        """
+        ...
+
+    async def drop(self) -> None:
+        """Let go of what was not published. Idempotent, raises nothing; after `publish` it does nothing."""
+        ...
+
+
+@runtime_checkable
+class SupportsDirect(Protocol):
+    """A file can be given its name by the same act that compares it with a digest: it needs no temporary."""
+
+    async def send(self, final: str, chunks: AsyncIterator[Piece], *, size_bytes: int) -> Unseen | None:
+        """Take the chunks, all of them, for a file of that name. None: this is not possible here for a file of this
+        size; no effect, and no chunk was taken. After an error nothing of it is visible, ever."""
         ...
 
 

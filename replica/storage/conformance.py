@@ -23,9 +23,10 @@ from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Protocol, TypeVar
 
-from replica.storage.base import PARTS, QUARANTINE, Entry, Piece, Storage, SupportsResume, part_path
+from replica.storage.base import PARTS, QUARANTINE, SENTINEL, Entry, Piece, Storage, SupportsResume, part_path
 from replica.storage.copy import Expected, adopt, copy_file, measure
 from replica.storage.hashing import Hasher
+from replica.storage.sentinel import sentinel_of
 from rules.checksums import Agreement
 from rules.errors import Invalid, ReplicaError, SourceMissing, TargetExists, Transient, Unreachable
 from rules.names import shown
@@ -110,6 +111,8 @@ class StorageConformance:
     clock_seconds: ClassVar[float] = 0.02
     #: Those of ODD_PATHS that this kind of storage cannot keep, and says so; the adapter's docstring says why.
     refused_paths: ClassVar[frozenset[str]] = frozenset()
+    #: For so long what was seen of the sentinel may be believed, by verbs that take nothing away.
+    notices_seconds: ClassVar[float] = 0.0
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -405,6 +408,39 @@ class StorageConformance:
         finally:
             behind.return_()
         assert (await storage.stat("f")).size_bytes == 1
+
+    async def test_what_belongs_to_another_endpoint_is_never_taken_for_ours(
+        self, storage: Storage, behind: Behind
+    ) -> None:
+        """The wrong disk or bucket stands there by now: nothing of it is removed, added to, or counted as ours."""
+        behind.put("f", b"theirs")
+        await write(storage, part_path("t1"), b"x")
+        ours = behind.get(SENTINEL)
+        if ours is None:
+            return  # a storage of one process has no place that could become another's
+        assert (await storage.stat("f")).size_bytes == 6
+        behind.put(SENTINEL, sentinel_of("ANOTHER-ENDPOINT"))
+        before = behind.paths()
+        for verb in (
+            lambda: storage.delete("f"),
+            lambda: storage.delete("no/such"),
+            lambda: storage.quarantine("f"),
+            lambda: storage.collect_parts(0.0),
+            lambda: storage.stat("no/such"),
+            lambda: listed(storage),
+        ):
+            assert "ANOTHER-ENDPOINT" in (await refusal(Unreachable, verb)).message
+        await asyncio.sleep(self.notices_seconds)
+        for verb in (
+            lambda: write(storage, part_path("t2"), b"x"),
+            lambda: storage.publish(part_path("t1"), "g"),
+        ):
+            await refusal(Unreachable, verb)
+        assert behind.paths() == before
+        assert behind.get("f") == b"theirs"
+        behind.put(SENTINEL, ours)
+        await asyncio.sleep(self.notices_seconds)
+        await storage.publish(part_path("t1"), "g")
 
     async def test_preparing_again_changes_nothing(self, storage: Storage, behind: Behind) -> None:
         behind.put("f", b"x")

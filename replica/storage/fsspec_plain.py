@@ -128,7 +128,6 @@ class FsspecStorage:
         self._opened = opened
         self._declared = declared
         self._known: tuple[Any, str] | None = None
-        self._owner_seen = False
 
     @classmethod
     def of(cls, protocol: str, url: str, settings: Settings, *, name: str, full_url: str) -> FsspecStorage:
@@ -204,13 +203,12 @@ class FsspecStorage:
                         raise self._gone("its folder is empty; its disk is perhaps not mounted")
                     return
                 self.fs.info(self._at(SENTINEL))
-                owner = "" if self._owner_seen else self._owner()
+                owner = self._owner()
             except (FileNotFoundError, NotADirectoryError):
                 what = SENTINEL if self._declared else "its folder"
                 raise self._gone(f"{what} is not there; its disk is perhaps not mounted") from None
         if is_anothers(owner, self.name):
             raise self._gone(f"it belongs to the endpoint {owner}")
-        self._owner_seen = True
 
     def _gone(self, reason: str, hint: str = "mount the disk; if it really is this one, prepare the endpoint") -> Any:
         return Unreachable(f"endpoint {self.name or self.url}: {reason}", hint=hint, endpoint=self.name)

@@ -31,15 +31,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Generic, TypeVar
 from urllib.parse import unquote_plus
 
-from replica.storage import s3_abilities
+from replica.storage import s3_abilities, s3_multipart
 from replica.storage.base import (
     OWN,
     PARTS,
@@ -50,6 +52,7 @@ from replica.storage.base import (
     Space,
     Stat,
     Storage,
+    Unseen,
     check_part,
     check_path,
     check_prefix,
@@ -59,8 +62,11 @@ from replica.storage.credentials import Settings
 from replica.storage.faults import place
 from replica.storage.refusals import exists_already
 from replica.storage.s3_abilities import Abilities
-from replica.storage.s3_multipart import COPY_BYTES_MAX, Parts, abort, copy_in_parts, in_base64, upload
-from replica.storage.s3_publish import FLAG_SECONDS_MAX, FLAGS, MARK, Publisher, Raised, Written
+from replica.storage.s3_direct import Large, Small, digest_headers
+from replica.storage.s3_flags import FLAG_SECONDS_MAX, FLAGS, Flags, Raised
+from replica.storage.s3_home import Home
+from replica.storage.s3_multipart import COPY_BYTES_MAX, Parts, abort, copy_in_parts, upload
+from replica.storage.s3_publish import MARK, Publisher, Written
 from replica.storage.s3_wire import Answer, Server, Wire, quoted, text_of, when
 from replica.storage.sentinel import owner_in, refuse_anothers, sentinel_of
 from rules.errors import (
@@ -70,7 +76,6 @@ from rules.errors import (
     SourceMissing,
     StorageError,
     Transient,
-    Unreachable,
 )
 from rules.names import shown
 
@@ -82,8 +87,21 @@ _ROOM_BYTES = len(f"{QUARANTINE}/{'0' * 16}/")
 PAGE_KEYS = 1000
 #: S3's own limit for signed URLs: a week.
 PRESIGNED_SECONDS_MAX = 7 * 24 * 3600
+#: So many unpublished temporaries of this process are known by heart.
+_REMEMBERED = 10_000
+#: A body is hashed where we are up to this size: another thread would cost more.
+_INLINE_BYTES = 256 << 10
 _WITH_CHECKSUM = {"x-amz-checksum-mode": "ENABLED"}
 _NEW = {"If-None-Match": "*"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A temporary as the server's answer to its PUT told it."""
+
+    written: Written
+    digest: str  #: by which the server compared it; empty: by none
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +135,18 @@ class S3Storage:
         self.server = server
         self._base = f"{prefix}/" if prefix else ""
         self._wire = Wire(server, settings, name=name)
-        self._publisher = Publisher(self._wire, self._base, self._look, self._flags)
+        self._publisher = Publisher(self._wire, self._look, Flags(self._wire, self._base, self._raised))
         self._able: Abilities | None = None
+        #: Temporaries that were written here, until they have another name or are gone.
+        self._sent: dict[str, _Sent] = {}
         self._asking = _Shared(self._ask_abilities)
-        self._reaching = _Shared(self._ask_sentinel)
+        self._home = Home(self._wire, self._base, name=name, url=url)
 
     # ── is it there ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def prepare(self) -> None:
         await self._refuse_nesting()
-        known = await self._sentinel()
+        known = await self._home.sentinel()
         if known is None:
             # The condition matters where two prepare one prefix; servers that ignore it are asked again below.
             await self._wire.call(
@@ -137,7 +157,7 @@ class S3Storage:
                 body=sentinel_of(self.name),
                 returned=(409, 412),
             )
-            known = await self._sentinel() or ""
+            known = await self._home.sentinel() or ""
         refuse_anothers(owner_in(known), self.name, self.url, what="prefix")
         await self._abilities()
 
@@ -152,27 +172,8 @@ class S3Storage:
                     hint="choose a prefix outside of it; endpoints cannot be nested",
                 )
 
-    async def _sentinel(self) -> str | None:
-        try:
-            answer = await self._wire.call("GET", self._key(SENTINEL), path=SENTINEL)
-        except SourceMissing:
-            return None
-        return answer.body.decode(errors="replace")
-
-    async def _reach(self) -> None:
-        """The endpoint is there, or Unreachable: an emptied or a wrong bucket looks like one without our file."""
-        await self._reaching()
-
-    async def _ask_sentinel(self) -> None:
-        if await self._sentinel() is None:
-            raise Unreachable(
-                f"endpoint {self.name or self.url}: {SENTINEL} is not in the bucket",
-                hint="check that the URL names the right bucket and prefix; a new endpoint is prepared first",
-                endpoint=self.name,
-            )
-
     async def _missing(self, path: str) -> SourceMissing:
-        await self._reach()
+        await self._home.now()
         return SourceMissing(f"{place(self.name, path)}: no such file", endpoint=self.name, path=path)
 
     async def _abilities(self) -> Abilities:
@@ -181,17 +182,18 @@ class S3Storage:
         return self._able
 
     async def _ask_abilities(self) -> Abilities:
-        await self._reach()
+        await self._home.now()
         return await s3_abilities.ask(self._wire, self._base)
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def stat(self, path: str) -> Stat:
+        await self._home.lately()
         return self._stat_of(await self._head(path), path)
 
     async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
         check_prefix(prefix)
-        await self._reach()
+        await self._home.now()
         async for found in self._keys(f"{prefix}/" if prefix else ""):
             path = found.key[len(self._base) :]
             if path.startswith(f"{OWN}/"):
@@ -205,6 +207,7 @@ class S3Storage:
         if length is not None and length <= 0:
             await self.stat(path)
             return
+        await self._home.lately()
         ranged = offset > 0 or length is not None
         last = "" if length is None else str(offset + length - 1)
         headers = {"Range": f"bytes={offset}-{last}"} if ranged else {}
@@ -241,6 +244,9 @@ class S3Storage:
             raise self._odd(path, "the server sent less than it was asked for")
 
     async def checksum(self, path: str, algorithm: str) -> str | None:
+        sent = self._sent.get(path)
+        if sent is not None:  # the server took it with this digest, and would have refused it with another one
+            return sent.value if sent.digest == algorithm else None
         answer = await self._head(path)
         if not path.startswith(PARTS + "/") or algorithm not in await self.digests():
             return None
@@ -250,56 +256,100 @@ class S3Storage:
         except binascii.Error:
             return None
 
-    async def digests(self) -> tuple[str, ...]:
-        """By which algorithms this server was seen to check what it is sent."""
-        return ("crc32c",) if (await self._abilities()).whole_checksums else ()
+    async def digests(self, size_bytes: int | None = None) -> tuple[str, ...]:
+        """By which algorithm this server was seen to check what it is sent: for files of that size, or for all."""
+        digest = (await self._abilities()).digest(size_bytes, s3_multipart.PART_BYTES)
+        return (digest,) if digest else ()
 
     async def space(self) -> Space | None:
-        await self._reach()
+        await self._home.now()
         return None
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def write(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int | None = None) -> None:
         key = self._key(check_part(temporary))
+        await self._home.lately()
         able = await self._abilities()
         if not (able.put_new and able.complete_new) and await self._look(key) is not None:
             raise exists_already(self.name, temporary)
         headers = {MARK: secrets.token_hex(16)}
         parts = Parts(chunks, size_bytes, checked=able.checksums)
         first = await parts.next()
+        digest, etag = "", ""
         if parts.full:
-            finish = await upload(
-                self._wire, key, temporary, parts, first, headers=headers, whole_checksum=able.whole_checksums
-            )
-            status = await finish(_NEW if able.complete_new else {})
+            whole = able.whole_checksums
+            sent = await upload(self._wire, key, temporary, parts, first, headers=headers, whole_checksum=whole)
+            status = await sent.finish(_NEW if able.complete_new else {})
         else:
-            if able.checksums:
-                headers["x-amz-checksum-crc32c"] = in_base64(parts.crc_of_all)
-                headers["x-amz-sdk-checksum-algorithm"] = "CRC32C"
+            digest = able.digest(len(first), s3_multipart.PART_BYTES)
+            value = await _digest_of(first, parts.crc_of_all, digest)
             answer = await self._wire.call(
                 "PUT",
                 key,
                 path=temporary,
-                headers={**headers, **(_NEW if able.put_new else {})},
+                headers={
+                    **headers,
+                    **(_NEW if able.put_new else {}),
+                    **(digest_headers(digest, value) if digest else {}),
+                },
                 body=first,
                 returned=(409, 412),
             )
-            status = answer.status
+            status, etag = answer.status, answer.headers.get("ETag", "")
+            if status not in (409, 412) and etag:
+                written = Written(f"{self.server.bucket}/{key}", len(first), etag, headers[MARK], "")
+                self._remember(temporary, _Sent(written, digest, value.hex()))
         if status in (409, 412):
             there = await self._look(key)
             # Ours: the connection broke after the PUT, and the request was sent again.
             if there is None or there.mark != headers[MARK]:
                 raise exists_already(self.name, temporary)
 
+    def _remember(self, temporary: str, sent: _Sent) -> None:
+        if len(self._sent) >= _REMEMBERED:
+            self._sent.clear()  # each is asked for at the server then
+        self._sent[temporary] = sent
+
+    async def send(self, final: str, chunks: AsyncIterator[Piece], *, size_bytes: int) -> Unseen | None:
+        """SupportsDirect."""
+        key = self._published(final)
+        await self._home.lately()
+        able = await self._abilities()
+        digest = able.direct(size_bytes, s3_multipart.PART_BYTES)
+        if not digest:
+            return None
+        mark = secrets.token_hex(16)
+        parts = Parts(chunks, size_bytes, checked=digest == "crc32c")
+        first = await parts.next()
+        if size_bytes < s3_multipart.PART_BYTES:
+            if parts.full:
+                raise self._odd(final, "its source gave more than it has")
+            return Small(self._wire, key, final, self._look, body=first, mark=mark, algorithm=digest)
+        sent = await upload(self._wire, key, final, parts, first, headers={MARK: mark}, whole_checksum=True)
+        return Large(
+            self._wire,
+            key,
+            final,
+            self._look,
+            upload=sent,
+            size_bytes=parts.size_bytes,
+            mark=mark,
+            algorithm=digest,
+        )
+
     async def publish(self, temporary: str, final: str) -> None:
         key = self._key(check_part(temporary))
         target = self._published(final)
+        await self._home.lately()
         able = await self._abilities()
-        written = await self._look(key)
+        sent = self._sent.get(temporary)
+        # What a PUT was answered is not asked for again: the copy is made of the object of that ETag, or not at all.
+        written = sent.written if sent is not None else await self._look(key)
         if written is None:
             raise await self._missing(temporary)
         await self._publisher.publish(written, target, final, able)
+        self._sent.pop(temporary, None)
         with suppress(StorageError):  # the name is given; what stays is collected by age
             await self._wire.call("DELETE", key, path=temporary)
 
@@ -308,6 +358,7 @@ class S3Storage:
         if not isinstance(source, S3Storage) or not self._same_server(source):
             return False
         key = self._key(check_part(temporary))
+        await self._home.lately()
         await self._abilities()
         if await self._look(key) is not None:
             raise exists_already(self.name, temporary)
@@ -356,13 +407,17 @@ class S3Storage:
 
     async def delete(self, path: str) -> None:
         key = self._readable(path)
+        self._sent.pop(path, None)
+        if not path.startswith(PARTS + "/"):
+            await self._home.now()  # a file of this name may be another endpoint's
         try:
             await self._wire.call("DELETE", key, path=path)
         except SourceMissing:
-            await self._reach()
+            await self._home.now()
 
     async def quarantine(self, path: str) -> str:
         key = self._published(path)
+        await self._home.now()
         found = await self._look(key)
         if found is None:
             raise await self._missing(path)
@@ -383,7 +438,7 @@ class S3Storage:
         return away
 
     async def collect_parts(self, older_than_seconds: float) -> int:
-        await self._reach()
+        await self._home.now()
         removed = 0
         for folder, limit in ((PARTS, older_than_seconds), (FLAGS, max(older_than_seconds, FLAG_SECONDS_MAX))):
             async for found in self._keys(f"{folder}/"):
@@ -475,8 +530,8 @@ class S3Storage:
         tag = " ".join((headers.get("ETag", ""), size, headers.get("Last-Modified", ""), version)).rstrip()
         return Stat(int(size), _nanoseconds(modified), tag)
 
-    async def _flags(self, folder: str) -> Raised:
-        return [(f.key, f.age_seconds) async for f in self._keys(folder[len(self._base) :])]
+    async def _raised(self, folder: str) -> Raised:
+        return [(f.key, f.age_seconds) async for f in self._keys(folder)]
 
     async def _keys(self, beginning: str) -> AsyncIterator[_Found]:
         """Every key that begins so, page by page."""
@@ -529,6 +584,14 @@ def _changed(name: str, path: str) -> SourceChanged:
         endpoint=name,
         path=path,
     )
+
+
+async def _digest_of(body: bytearray, crc: int, algorithm: str) -> bytes:
+    if algorithm != "md5":
+        return crc.to_bytes(4)
+    if len(body) <= _INLINE_BYTES:
+        return hashlib.md5(body, usedforsecurity=False).digest()
+    return (await asyncio.to_thread(partial(hashlib.md5, body, usedforsecurity=False))).digest()
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -3,9 +3,10 @@
 Given     the bucket, and Replica's own folder in it with the endpoint's sentinel.
 Returns   Abilities.
 Promises  a condition or a checksum is relied upon only after the server was seen to refuse what violates it. Servers
-          that do not know a header ignore it and answer 200: rclone's ignores all four, moto the condition of a copy
-          and every checksum (it repeats ours to us, which proves nothing). Nothing is written but a temporary, which
-          goes again.
+          that do not know a header ignore it and answer 200: rclone's ignores all conditions and CRC32C, but compares
+          an MD5; moto's the condition of a copy and every checksum (it repeats ours to us, which proves nothing).
+          And a digest counts only where nothing is left of what was refused: else wrong bytes could get a name by
+          being refused. Nothing is written but temporaries, which go again.
 Partner   replica.storage.s3 chooses its way of publishing by these.
 """
 
@@ -23,7 +24,10 @@ from rules.errors import Permanent, ReplicaError, StorageError
 #: The base64 of a CRC32C that is not that of the probe's body.
 _WRONG = "AAAAAA=="
 _CRC32C_OF_PROBE = "VUeiOA=="
+_WRONG_MD5 = "AAAAAAAAAAAAAAAAAAAAAA=="
+_MD5_OF_PROBE = "jahD/2UgWmE3Swm4HtD6NQ=="
 _BODY = b"probe"
+_CRC = "x-amz-checksum-crc32c"
 _NEW = {"If-None-Match": "*"}
 
 
@@ -34,6 +38,18 @@ class Abilities:
     complete_new: bool  #: nor does the completion of a multipart upload
     checksums: bool  #: a wrong CRC32C is refused
     whole_checksums: bool  #: and that of a multipart upload is one of the whole object
+    md5: bool  #: a wrong MD5 is refused; asked only where CRC32C is not
+
+    def digest(self, size_bytes: int | None, part_bytes: int) -> str:
+        """By which the server compares a whole file of that size with what it receives; empty: by none."""
+        if self.whole_checksums or (self.checksums and size_bytes is not None and size_bytes < part_bytes):
+            return "crc32c"
+        return "md5" if self.md5 and size_bytes is not None and size_bytes < part_bytes else ""
+
+    def direct(self, size_bytes: int, part_bytes: int) -> str:
+        """The digest by which a file of that size may be given its name in one act; empty: it may not."""
+        new = self.put_new if size_bytes < part_bytes else self.complete_new
+        return self.digest(size_bytes, part_bytes) if new else ""
 
 
 async def ask(wire: Wire, base: str) -> Abilities:
@@ -44,12 +60,13 @@ async def ask(wire: Wire, base: str) -> Abilities:
         put_new = await _put_new(wire, key, path)
         copy_new = await _copy_new(wire, base + SENTINEL, key, path)
         complete_new = await _complete_new(wire, key, path)
-        checksums = await _checksums(wire, key, path)
+        checksums = await _refuses(wire, base, _CRC, _WRONG, _CRC32C_OF_PROBE)
         whole = checksums and await _whole_checksums(wire, key, path)
+        md5 = not checksums and await _refuses(wire, base, "Content-MD5", _WRONG_MD5, _MD5_OF_PROBE)
     finally:
         with suppress(ReplicaError):  # what stays is collected by age, as temporaries are
             await wire.call("DELETE", key, path=path, returned=(404,))
-    return Abilities(put_new, copy_new, complete_new, checksums, whole)
+    return Abilities(put_new, copy_new, complete_new, checksums, whole, md5)
 
 
 async def _put_new(wire: Wire, key: str, path: str) -> bool:
@@ -90,14 +107,26 @@ async def _complete_new(wire: Wire, key: str, path: str) -> bool:
         await abort(wire, key, path, upload)
 
 
-async def _checksums(wire: Wire, key: str, path: str) -> bool:
-    headers = {"x-amz-checksum-crc32c": _WRONG, "x-amz-sdk-checksum-algorithm": "CRC32C"}
-    wrong = await wire.call("PUT", key, path=path, headers=headers, body=_BODY, returned=(400, 412, 422, 501))
-    if wrong.status not in (400, 412, 422):
-        return False
-    headers["x-amz-checksum-crc32c"] = _CRC32C_OF_PROBE
-    right = await wire.call("PUT", key, path=path, headers=headers, body=_BODY, returned=(400, 412, 422, 501))
-    return right.status == 200  # a server that refuses both knows nothing of checksums
+async def _refuses(wire: Wire, base: str, header: str, wrong: str, right: str) -> bool:
+    """A body is refused whose digest is not that of the header, and nothing stays of it; and the right one is taken: a
+    server that refuses both knows nothing of digests."""
+    path = part_path(f"probe.{secrets.token_hex(8)}")
+    key = base + path
+    more = {"x-amz-sdk-checksum-algorithm": "CRC32C"} if header == _CRC else {}
+
+    async def put(value: str) -> int:
+        headers = {header: value, **more}
+        answer = await wire.call("PUT", key, path=path, headers=headers, body=_BODY, returned=(400, 412, 422, 501))
+        return answer.status
+
+    try:
+        if await put(wrong) not in (400, 412, 422):
+            return False
+        left = await wire.call("HEAD", key, path=path, returned=(404,))
+        return left.status == 404 and await put(right) == 200
+    finally:
+        with suppress(ReplicaError):
+            await wire.call("DELETE", key, path=path, returned=(404,))
 
 
 async def _whole_checksums(wire: Wire, key: str, path: str) -> bool:

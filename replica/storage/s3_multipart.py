@@ -75,11 +75,42 @@ class Parts:
         return "" if self._crc is None else in_base64(self._crc(part, 0))
 
 
+class Upload:
+    """All parts are at the server, and nothing is visible."""
+
+    def __init__(self, wire: Wire, key: str, path: str, name: str, parts: list[tuple[str, str]], crc: str) -> None:
+        self._wire, self._key, self._path, self._name = wire, key, path, name
+        self._parts = parts
+        #: CRC32C of all of them, where the server compares it.
+        self.crc = crc
+
+    async def complete(self, condition: dict[str, str], crc: str = "") -> int:
+        """Make it visible under a condition; the status, 412 included. After anything but 200 it is as it was."""
+        whole = {"x-amz-checksum-crc32c": crc or self.crc, "x-amz-checksum-type": "FULL_OBJECT"} if self.crc else {}
+        headers = {**condition, **whole}
+        return await complete(
+            self._wire, self._key, self._path, self._name, self._parts, headers=headers, returned=(409, 412)
+        )
+
+    async def abort(self) -> None:
+        with suppress(ReplicaError):  # what stays is collected by age
+            await abort(self._wire, self._key, self._path, self._name)
+
+    async def finish(self, condition: dict[str, str]) -> int:
+        """Complete, or abort. After a lost answer it may be complete all the same, and aborting it does nothing."""
+        done = 0
+        try:
+            done = await self.complete(condition)
+        finally:
+            if done != 200:
+                await self.abort()
+        return done
+
+
 async def upload(
     wire: Wire, key: str, path: str, parts: Parts, first: bytearray, *, headers: dict[str, str], whole_checksum: bool
-) -> Callable[[dict[str, str]], Awaitable[int]]:
-    """Send all parts. Returns what completes the upload under a condition, and tells the status, 412 included. Until
-    then nothing is visible."""
+) -> Upload:
+    """Send all parts."""
     if whole_checksum:
         headers = {**headers, "x-amz-checksum-algorithm": "CRC32C", "x-amz-checksum-type": "FULL_OBJECT"}
     name = await begin(wire, key, path, headers)
@@ -119,17 +150,8 @@ async def upload(
         with suppress(ReplicaError):  # what stays is collected by age
             await abort(wire, key, path, name)
         raise
-
-    async def finish(condition: dict[str, str]) -> int:
-        if whole_checksum:
-            condition = {
-                **condition,
-                "x-amz-checksum-crc32c": in_base64(parts.crc_of_all),
-                "x-amz-checksum-type": "FULL_OBJECT",
-            }
-        return await _finished(wire, key, path, name, [sent[n] for n in sorted(sent)], condition)
-
-    return finish
+    crc = in_base64(parts.crc_of_all) if whole_checksum else ""
+    return Upload(wire, key, path, name, [sent[number] for number in sorted(sent)], crc)
 
 
 async def copy_in_parts(
@@ -168,26 +190,12 @@ async def copy_in_parts(
             async with limit:
                 return await again(once), ""
 
-        parts = await asyncio.gather(*(one(number, at) for number, at in enumerate(ends, 1)))
+        parts = [*await asyncio.gather(*(one(number, at) for number, at in enumerate(ends, 1)))]
     except BaseException:
         with suppress(ReplicaError):
             await abort(wire, key, path, name)
         raise
-    return await _finished(wire, key, path, name, parts, condition)
-
-
-async def _finished(
-    wire: Wire, key: str, path: str, name: str, parts: list[tuple[str, str]], condition: dict[str, str]
-) -> int:
-    """Complete, or abort. After a lost answer the upload may be complete all the same, and aborting it does nothing."""
-    done = 0
-    try:
-        done = await complete(wire, key, path, name, parts, headers=condition, returned=(409, 412))
-    finally:
-        if done != 200:
-            with suppress(ReplicaError):
-                await abort(wire, key, path, name)
-    return done
+    return await Upload(wire, key, path, name, parts, "").finish(condition)
 
 
 async def again(once: Callable[[], Awaitable[str]]) -> str:

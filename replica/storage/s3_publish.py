@@ -7,57 +7,43 @@ Promises  by the first of three ways that the server honours:
     copy      one CopyObject with If-None-Match: *. Atomic against everybody.
     complete  a multipart upload whose parts are copied by the server, completed with If-None-Match: *. The same
               promise; three requests. Also the way of objects above 5 GiB.
-    flags     for servers with neither. Whoever wants to publish raises a flag (an object of its own beneath
-              `.replica/publishing/`), then lists the flags, and goes on only where it sees no other; so of all
-              publishers of Replica, on whatever machine, exactly one looks at the final name, copies, and looks again
-              before the next one may. Against others who write into the endpoint there is a window: what appears
-              between our look and our copy is replaced. A server that is itself not atomic (rclone's on a folder) may
-              show a part of the object while it copies.
+    flags     for servers with neither. Of all publishers of Replica, on whatever machine, exactly one looks at the
+              final name, copies, and looks again before the next one may (replica.storage.s3_flags). Against others
+              who write into the endpoint there is a window: what appears between our look and our copy is replaced. A
+              server that is itself not atomic (rclone's on a folder) may show a part of the object while it copies.
 
           After any of them the object is looked at: its size and the mark that was written into its metadata must be
           those of the temporary. A copy whose answer was lost is told from somebody else's by that mark.
 Partner   replica.storage.s3.publish and .quarantine.
-
-The flags need what S3 servers promise, and rclone's keeps: whoever lists after a PUT was answered, sees it. A flag that
-nobody took down (its owner was killed) is taken down after FLAG_SECONDS_MAX by the server's own clock; who raised one
-stops trying long before.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import random
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from replica.storage.base import OWN
 from replica.storage.faults import place
 from replica.storage.refusals import exists_already
 from replica.storage.s3_abilities import Abilities
+from replica.storage.s3_flags import FLAG_SECONDS_MAX, Flags
 from replica.storage.s3_multipart import COPY_BYTES_MAX, copy_in_parts
 from replica.storage.s3_wire import Answer, Wire, quoted
 from rules.errors import (
     Busy,
     ChecksumDiffers,
     Permanent,
-    ReplicaError,
     SourceChanged,
     TimedOut,
     Transient,
 )
 
-FLAGS = f"{OWN}/publishing"
 #: Metadata of every object that we write: which temporary it was.
 MARK = "x-amz-meta-replica-part"
-FLAG_SECONDS_MAX = 3600.0
-#: From raising the flag to the request that copies.
-_RAISED_SECONDS_MAX = 60.0
+#: How long a copy may take in all.
 _COPY_SECONDS_MAX = FLAG_SECONDS_MAX / 2
-_WAIT_SECONDS_MAX = 30.0
+#: A larger one is copied under a flag of its own.
+_SOON_BYTES = 64 << 20
 _NEW = {"If-None-Match": "*"}
 
 
@@ -81,16 +67,13 @@ class Written:
 
 
 Look = Callable[[str], Awaitable[Written | None]]
-Raised = list[tuple[str, float]]
-Flags = Callable[[str], Awaitable[Raised]]
 
 
 class Publisher:
-    """`look` finds the object at a key, or None; `flags` lists a folder of flags: key and age in seconds."""
+    """`look` finds the object at a key, or None."""
 
-    def __init__(self, wire: Wire, base: str, look: Look, flags: Flags) -> None:
+    def __init__(self, wire: Wire, look: Look, flags: Flags) -> None:
         self._wire = wire
-        self._base = base
         self._look = look
         self._flags = flags
 
@@ -104,7 +87,7 @@ class Publisher:
         elif abilities.put_new and written.size_bytes == 0:
             await self._conditionally(written, final, path, self._put_empty)
         else:
-            async with self._flag(final, path) as still_raised:
+            async with self._flags.holding(final, path, alone=written.size_bytes > _SOON_BYTES) as still_raised:
                 there = await self._look(final)
                 if there is not None:
                     if written.mark and there.mark == written.mark:
@@ -216,67 +199,6 @@ class Publisher:
                 path=path,
                 side="target",
             )
-
-    # ── by flags ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @asynccontextmanager
-    async def _flag(self, final: str, path: str) -> AsyncIterator[Callable[[], None]]:
-        """Within, no other publisher of Replica is between its look and its copy of this name.
-
-        Each raises its flag before it looks for others, so of two at least one sees the other. Where several see each
-        other, the one of the smallest name stays and waits, the others take theirs down and come again.
-        """
-        # The server tells apart what its file system does; two names it takes for one must share a flag.
-        folder = f"{self._base}{FLAGS}/{hashlib.sha256(final.casefold().encode()).hexdigest()[:32]}/"
-        mine = folder + secrets.token_hex(8)
-        give_up = time.monotonic() + _WAIT_SECONDS_MAX
-        try:
-            raised = await self._raise(mine)
-            while others := await self._others(folder, mine):
-                if time.monotonic() > give_up:
-                    raise Busy(
-                        f"{place(self._wire.name, path)}: others are publishing there",
-                        hint="if nobody is, a worker was killed in the middle: its flag goes by itself within an hour",
-                        endpoint=self._wire.name,
-                        path=path,
-                    )
-                stays = mine < min(others)
-                if not stays:
-                    await self._take_down(mine)
-                await asyncio.sleep(random.uniform(0.01, 0.1))
-                if not stays:
-                    raised = await self._raise(mine)
-
-            def still_raised() -> None:
-                if time.monotonic() - raised > _RAISED_SECONDS_MAX:
-                    raise Busy(f"{place(self._wire.name, path)}: publishing took too long", path=path)
-
-            yield still_raised
-        finally:
-            with suppress(ReplicaError):
-                await asyncio.shield(self._take_down(mine))
-
-    async def _raise(self, flag: str) -> float:
-        began = time.monotonic()
-        await self._wire.call("PUT", flag, path=FLAGS)
-        return began
-
-    async def _take_down(self, flag: str) -> None:
-        await self._wire.call("DELETE", flag, path=FLAGS, returned=(404,))
-
-    async def _others(self, folder: str, mine: str) -> list[str]:
-        found = await self._flags(folder)
-        if all(flag != mine for flag, _ in found):
-            # It was taken for a dead one's, or the server's listings lag behind: then flags prove nothing.
-            raise Busy("our own flag is not to be seen: this server's listings cannot be relied upon")
-        others = []
-        for flag, age_seconds in found:
-            if flag != mine:
-                if age_seconds > FLAG_SECONDS_MAX:
-                    await self._take_down(flag)
-                else:
-                    others.append(flag)
-        return others
 
 
 def _changed(name: str, path: str) -> SourceChanged:

@@ -55,9 +55,9 @@ async def copied(
     return None
 
 
-async def digests_of(target: Storage) -> tuple[str, ...]:
+async def digests_of(target: Storage, size_bytes: int) -> tuple[str, ...]:
     """What the hasher must compute so that the target's own digest can be compared with it."""
     if not isinstance(target, SupportsDigests):
         return ()
     with blaming("target"):
-        return await target.digests()
+        return await target.digests(size_bytes)

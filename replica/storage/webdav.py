@@ -569,6 +569,7 @@ class WebdavStorage:
         if path in self._published:
             return None  # we gave it another name; no other writer ever has this one
         if not path.startswith(PARTS + "/"):
+            await self.present()  # a file of this name may be another endpoint's, whose disk stands there by now
             # DELETE takes a folder with all that is in it.
             found = await self.look(path)
             if found is None:
@@ -593,6 +594,7 @@ class WebdavStorage:
     async def quarantine(self, path: str) -> str:
         await self.stat(path)
         check_path(path)
+        await self.present()
         away = f"{QUARANTINE}/{secrets.token_hex(8)}/{path}"
         await self.make_folders(away.rpartition("/")[0])
         refusal = await self.move(path, away)

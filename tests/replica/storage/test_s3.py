@@ -17,6 +17,7 @@ from replica.storage.copy import Expected, copy_file, measure
 from replica.storage.credentials import Credentials
 from replica.storage.memory import MemoryStorage, forget
 from replica.storage.registry import open_storage
+from replica.storage.s3_home import SEEN_SECONDS
 from rules.errors import Busy, Forbidden, Invalid, Refused, SourceMissing, TargetExists, Unreachable
 from tests.servers_s3 import SETTINGS, Moto, RcloneS3, S3Server
 
@@ -109,6 +110,7 @@ class Place:
 class S3Conformance(StorageConformance):
     #: S3 advises against control characters, and moto's server loses them: the adapter takes none.
     refused_paths = frozenset({"line\nbreak"})
+    notices_seconds = SEEN_SECONDS + 0.01
 
     @pytest.fixture
     def behind(self, place):
@@ -133,7 +135,13 @@ class TestMoto(S3Conformance):
 
     async def test_it_is_seen_what_the_server_does(self, storage):
         able = await storage._abilities()
-        assert (able.put_new, able.copy_new, able.complete_new, able.checksums) == (True, False, True, False)
+        assert (able.put_new, able.copy_new, able.complete_new, able.checksums, able.md5) == (
+            True,
+            False,
+            True,
+            False,
+            False,
+        )
 
 
 class TestRclone(S3Conformance):
@@ -145,7 +153,13 @@ class TestRclone(S3Conformance):
 
     async def test_it_is_seen_what_the_server_does(self, storage):
         able = await storage._abilities()
-        assert (able.put_new, able.copy_new, able.complete_new, able.checksums) == (False, False, False, False)
+        assert (able.put_new, able.copy_new, able.complete_new, able.checksums, able.md5) == (
+            False,
+            False,
+            False,
+            False,
+            True,
+        )
 
 
 # ── what is special to objects ───────────────────────────────────────────────────────────────────────────────────────
@@ -195,11 +209,11 @@ async def test_a_flag_of_a_killed_publisher_is_waited_for_and_then_taken_down(on
     await write(storage, part_path("t1"), b"x")
     folder = hashlib.sha256(b"f").hexdigest()[:32]
     on_rclone.behind.put(f"{OWN}/publishing/{folder}/0000", b"")
-    monkeypatch.setattr("replica.storage.s3_publish._WAIT_SECONDS_MAX", 0.0)
+    monkeypatch.setattr("replica.storage.s3_flags._WAIT_SECONDS_MAX", 0.0)
     error = await refusal(Busy, lambda: storage.publish(part_path("t1"), "f"))
     assert "killed" in error.hint
     assert on_rclone.behind.get("f") is None
-    monkeypatch.setattr("replica.storage.s3_publish.FLAG_SECONDS_MAX", 0.0)  # an age is never told too small
+    monkeypatch.setattr("replica.storage.s3_flags.FLAG_SECONDS_MAX", 0.0)  # an age is never told too small
     await storage.publish(part_path("t1"), "f")
     assert on_rclone.behind.get("f") == b"x"
 
