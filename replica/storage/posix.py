@@ -14,6 +14,7 @@ import ctypes
 import errno
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,8 +27,6 @@ from replica.storage.tree import Tree
 
 #: Larger buffers collapse on ext4 (4 MiB: 15 % of `cp`), smaller ones cost calls.
 PIECE_BYTES = 1 << 20
-#: A file up to this size is read in one go.
-SMALL_BYTES = 1 << 18
 _ENTRIES_A_HOP = 1000
 
 
@@ -53,59 +52,52 @@ class PosixStorage:
             entries.close()
 
     async def read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[Piece]:
-        descriptor, content = await run(partial(self._begin, path, offset, length), undo=_close_begun)
-        if descriptor is None:
-            if content:
-                yield content
-            return
+        # Opened and read in one hand-over to a thread: for a small file that is all there is.
+        begun = await run(partial(self._begin_read, path, offset, length), undo=_Begun.close)
         try:
-            buffer = memoryview(bytearray(PIECE_BYTES))
-            left = length
-            while left is None or left > 0:
+            buffer, count, left = begun.buffer, begun.count, length
+            while True:
+                left = None if left is None else left - count
+                offset += count
+                if count:
+                    yield buffer[:count]
+                if count < len(buffer) or (left is not None and left <= 0):
+                    return  # short of what was asked for: the file ends here
+                if len(buffer) < PIECE_BYTES:
+                    buffer = memoryview(bytearray(PIECE_BYTES))  # it has grown
                 view = buffer if left is None else buffer[: min(left, PIECE_BYTES)]
                 with translated(self.name, path):
-                    count = await in_thread(os.preadv, descriptor, [view], offset)
-                if not count:
-                    break
-                offset += count
-                left = None if left is None else left - count
-                yield view[:count]
+                    count = await in_thread(_fill, begun.descriptor, view, offset)
+                buffer = view
         finally:
-            os.close(descriptor)
+            begun.close()
 
-    def _begin(self, path: str, offset: int, length: int | None) -> tuple[int | None, bytes]:
-        """The open file; or all that is wanted of a small one, and nothing stays open: a hop between threads costs as
-        much as reading it."""
-        descriptor: int | None = self.tree.open(path)
-        assert descriptor is not None
+    def _begin_read(self, path: str, offset: int, length: int | None) -> _Begun:
+        descriptor = self.tree.open(path)
         try:
-            if path.startswith(PARTS + "/"):
-                drop_cache(descriptor)
             with translated(self.name, path):
-                left = max(0, os.fstat(descriptor).st_size - offset)
-                if left <= SMALL_BYTES:
-                    content = os.pread(descriptor, left + 1 if length is None else min(length, left + 1), offset)
-                    if len(content) <= left:
-                        return None, content
-            stays, descriptor = descriptor, None
-            return stays, b""
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
+                if path.startswith(PARTS + "/"):
+                    drop_cache(descriptor)
+                left = max(0, os.fstat(descriptor).st_size - offset) + 1  # one more, to see that it ends there
+                wanted = min(PIECE_BYTES, left if length is None else min(length, left))
+                buffer = memoryview(bytearray(max(0, wanted)))
+                return _Begun(descriptor, buffer, _fill(descriptor, buffer, offset) if wanted > 0 else 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     async def write(self, temporary: str, chunks: AsyncIterator[Piece], *, size_bytes: int | None = None) -> None:
         descriptor = await run(partial(self.tree.create_part, temporary, size_bytes), undo=os.close)
         try:
-            held = b""
+            written, synced = 0, False
             async for chunk in chunks:
-                if not held and size_bytes is not None and len(chunk) == size_bytes <= SMALL_BYTES:
-                    held = bytes(chunk)  # written and synced in one hop
-                    continue
+                written += len(chunk)
+                synced = written == size_bytes  # the last one, as far as we know: one hand-over for both
                 with translated(self.name, temporary, "target"):
-                    await in_thread(write_all, descriptor, memoryview(held + chunk if held else chunk))
-                held = b""
-            with translated(self.name, temporary, "target"):
-                await in_thread(_write_last, descriptor, memoryview(held))
+                    await in_thread(_write_and_sync if synced else write_all, descriptor, memoryview(chunk))
+            if not synced:
+                with translated(self.name, temporary, "target"):
+                    await in_thread(os.fsync, descriptor)
         finally:
             os.close(descriptor)
 
@@ -169,12 +161,27 @@ class PosixStorage:
         return Path(self.tree.path, check_path(path))
 
 
-def _close_begun(begun: tuple[int | None, bytes]) -> None:
-    if begun[0] is not None:
-        os.close(begun[0])
+@dataclass(slots=True)
+class _Begun:
+    """A file that was opened, and its first piece."""
+
+    descriptor: int
+    buffer: memoryview
+    count: int
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
-def _write_last(descriptor: int, view: memoryview) -> None:
+def _fill(descriptor: int, view: memoryview, offset: int) -> int:
+    """preadv() may give less than there is; this gives less only where the file ends."""
+    count = 0
+    while count < len(view) and (more := os.preadv(descriptor, [view[count:]], offset + count)):
+        count += more
+    return count
+
+
+def _write_and_sync(descriptor: int, view: memoryview) -> None:
     write_all(descriptor, view)
     os.fsync(descriptor)
 

@@ -194,13 +194,19 @@ class S3Storage:
     async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
         check_prefix(prefix)
         await self._home.now()
+        whole = bool(prefix)
         async for found in self._keys(f"{prefix}/" if prefix else ""):
             path = found.key[len(self._base) :]
             if path.startswith(f"{OWN}/"):
+                whole = whole or path == SENTINEL
                 continue
             problem = self._problem(path)
             shown_path = path if not problem else path.encode("utf-8", "backslashreplace").decode()
             yield Entry(shown_path, found.size_bytes, _nanoseconds(found.modified), problem)
+        if not whole:  # rclone's server lists nothing when a folder goes away meanwhile
+            raise self._odd(
+                SENTINEL, "it is there, and the server's listing leaves it out, so it left out other files too"
+            )
 
     async def read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[Piece]:
         key = self._readable(path)
@@ -320,7 +326,7 @@ class S3Storage:
         if not digest:
             return None
         mark = secrets.token_hex(16)
-        parts = Parts(chunks, size_bytes, checked=digest == "crc32c")
+        parts = Parts(chunks, size_bytes, checked=size_bytes >= s3_multipart.PART_BYTES)
         first = await parts.next()
         if size_bytes < s3_multipart.PART_BYTES:
             if parts.full:

@@ -3,8 +3,9 @@
 Given     the bucket, and Replica's own folder in it with the endpoint's sentinel.
 Returns   Abilities.
 Promises  a condition or a checksum is relied upon only after the server was seen to refuse what violates it. Servers
-          that do not know a header ignore it and answer 200: rclone's ignores all conditions and CRC32C, but compares
-          an MD5; moto's the condition of a copy and every checksum (it repeats ours to us, which proves nothing).
+          that do not know a header ignore it and answer 200: rclone's ignores all conditions and CRC32C, moto's the
+          condition of a copy and every checksum (it repeats ours to us, which proves nothing). rclone's compares an
+          MD5, but at times it has an empty file after that: it is no object store, and is read back all the same.
           And a digest counts only where nothing is left of what was refused: else wrong bytes could get a name by
           being refused. Nothing is written but temporaries, which go again.
 Partner   replica.storage.s3 chooses its way of publishing by these.
@@ -38,7 +39,7 @@ class Abilities:
     complete_new: bool  #: nor does the completion of a multipart upload
     checksums: bool  #: a wrong CRC32C is refused
     whole_checksums: bool  #: and that of a multipart upload is one of the whole object
-    md5: bool  #: a wrong MD5 is refused; asked only where CRC32C is not
+    md5: bool  #: a wrong MD5 is refused; asked only where CRC32C is not, and conditions are kept
 
     def digest(self, size_bytes: int | None, part_bytes: int) -> str:
         """By which the server compares a whole file of that size with what it receives; empty: by none."""
@@ -62,7 +63,7 @@ async def ask(wire: Wire, base: str) -> Abilities:
         complete_new = await _complete_new(wire, key, path)
         checksums = await _refuses(wire, base, _CRC, _WRONG, _CRC32C_OF_PROBE)
         whole = checksums and await _whole_checksums(wire, key, path)
-        md5 = not checksums and await _refuses(wire, base, "Content-MD5", _WRONG_MD5, _MD5_OF_PROBE)
+        md5 = put_new and not checksums and await _refuses(wire, base, "Content-MD5", _WRONG_MD5, _MD5_OF_PROBE)
     finally:
         with suppress(ReplicaError):  # what stays is collected by age, as temporaries are
             await wire.call("DELETE", key, path=path, returned=(404,))

@@ -42,8 +42,11 @@ _WAIT_SECONDS_MAX = 30.0
 _NAME_LETTERS = 32
 _TOKEN_BYTES = 17
 _KEY_BYTES_MAX = 1024
-#: They are one folder's name, which has at most 255 letters where the server keeps it as one.
+#: They are one name, which has at most 255 letters where the server keeps files. All flags lie in one folder: a
+#: listing by rclone's server is empty when a folder goes away under it.
 NAMES_MAX = 7
+#: Our own flag must be listed; how long is waited for the next look when it is not.
+_LISTED_AGAIN_SECONDS = (0.05, 0.2, 0.0)
 #: Groups of one process that are being raised at once. More names come meanwhile, and make the next group larger.
 _RAISING = 2
 
@@ -65,7 +68,7 @@ class _Group:
         self.flag = ""
 
     def named(self) -> str:
-        self.flag = f"{self._folder}{'.'.join(self.names)}/{secrets.token_hex(8)}"
+        self.flag = f"{self._folder}{'.'.join(self.names)}-{secrets.token_hex(8)}"
         return self.flag
 
 
@@ -169,7 +172,7 @@ class Flags:
 
     @asynccontextmanager
     async def _alone(self, name: str, path: str) -> AsyncIterator[float]:
-        mine = f"{self._folder}{name}/{secrets.token_hex(8)}"
+        mine = f"{self._folder}{name}-{secrets.token_hex(8)}"
         give_up = time.monotonic() + _WAIT_SECONDS_MAX
         try:
             raised = await self._raise(mine)
@@ -204,8 +207,12 @@ class Flags:
 
     async def _rivals(self, mine: str, names: list[str]) -> dict[str, set[str]]:
         """Other flags that stand for any of these names, and for which."""
-        found = await self._listed(f"{FLAGS}/")
-        if all(flag != mine for flag, _ in found):
+        for wait_seconds in _LISTED_AGAIN_SECONDS:
+            found = await self._listed(f"{FLAGS}/")
+            if any(flag == mine for flag, _ in found):
+                break
+            await asyncio.sleep(wait_seconds)
+        else:
             # It was taken for a dead one's, or the server's listings lag behind: then flags prove nothing.
             raise Busy("our own flag is not to be seen: this server's listings cannot be relied upon")
         rivals: dict[str, set[str]] = {}
@@ -218,4 +225,4 @@ class Flags:
         return rivals
 
     def _names_of(self, flag: str) -> list[str]:
-        return flag.removeprefix(self._folder).partition("/")[0].split(".")
+        return flag.removeprefix(self._folder).partition("-")[0].split(".")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import cast
 
-from replica.storage.base import Stat, Storage, SupportsDigests, SupportsServerCopy
+from replica.storage.base import Stat, Storage, SupportsDigests, SupportsServerCopy, supports
 from replica.storage.faults import blaming
 from replica.storage.hashing import Hasher
 from rules.checksums import Agreement, Checksums
@@ -31,12 +32,12 @@ async def copied(
     check: Callable[[], None],
 ) -> Hasher | None:
     """`check` raises when the copy shall stop."""
-    if not known or not isinstance(target, SupportsServerCopy):
+    if not known or not supports(target, SupportsServerCopy):
         return None  # without a checksum to compare with, reading the source is the only proof
     seen = Hasher(algorithms)
     try:
         with blaming("target"):
-            if not await target.copy_from(source, source_path, part, expected=before):
+            if not await cast(SupportsServerCopy, target).copy_from(source, source_path, part, expected=before):
                 return None
             pieces = target.read(part)
             assert isinstance(pieces, AsyncGenerator)
@@ -57,7 +58,7 @@ async def copied(
 
 async def digests_of(target: Storage, size_bytes: int) -> tuple[str, ...]:
     """What the hasher must compute so that the target's own digest can be compared with it."""
-    if not isinstance(target, SupportsDigests):
+    if not supports(target, SupportsDigests):
         return ()
     with blaming("target"):
-        return await target.digests(size_bytes)
+        return await cast(SupportsDigests, target).digests(size_bytes)

@@ -18,8 +18,9 @@ from replica.storage.credentials import Credentials
 from replica.storage.memory import MemoryStorage, forget
 from replica.storage.registry import open_storage
 from replica.storage.s3_home import SEEN_SECONDS
+from rules.checksums import Agreement
 from rules.errors import Busy, Forbidden, Invalid, Refused, SourceMissing, TargetExists, Unreachable
-from tests.servers_s3 import SETTINGS, Moto, RcloneS3, S3Server
+from tests.servers_s3 import SETTINGS, Moto, RcloneS3, S3Server, Strict
 
 _numbers = itertools.count(1)
 
@@ -32,6 +33,11 @@ def moto() -> Iterator[S3Server]:
 @pytest.fixture(scope="module")
 def rclone() -> Iterator[S3Server]:
     yield from _running(RcloneS3())
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[S3Server]:
+    yield from _running(Strict())
 
 
 def _running(server: S3Server) -> Iterator[S3Server]:
@@ -153,19 +159,25 @@ class TestRclone(S3Conformance):
 
     async def test_it_is_seen_what_the_server_does(self, storage):
         able = await storage._abilities()
-        assert (able.put_new, able.copy_new, able.complete_new, able.checksums, able.md5) == (
-            False,
-            False,
-            False,
-            False,
-            True,
-        )
+        assert (able.put_new, able.copy_new, able.complete_new, able.checksums, able.md5) == (False,) * 5
+
+
+class TestStrict(S3Conformance):
+    @pytest.fixture
+    async def place(self, strict):
+        place = Place(strict, "prefix")
+        yield place
+        await place.close()
+
+    async def test_it_is_seen_what_the_server_does(self, storage):
+        able = await storage._abilities()
+        assert (able.put_new, able.copy_new, able.complete_new, able.checksums, able.whole_checksums) == (True,) * 5
 
 
 # ── what is special to objects ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(params=["moto", "rclone"])
+@pytest.fixture(params=["moto", "rclone", "strict"])
 async def place(request) -> Place:
     place = Place(request.getfixturevalue(request.param))
     yield place
@@ -208,7 +220,7 @@ async def test_a_flag_of_a_killed_publisher_is_waited_for_and_then_taken_down(on
     storage = await on_rclone.open()
     await write(storage, part_path("t1"), b"x")
     folder = hashlib.sha256(b"f").hexdigest()[:32]
-    on_rclone.behind.put(f"{OWN}/publishing/{folder}/0000", b"")
+    on_rclone.behind.put(f"{OWN}/publishing/{folder}-0000", b"")
     monkeypatch.setattr("replica.storage.s3_flags._WAIT_SECONDS_MAX", 0.0)
     error = await refusal(Busy, lambda: storage.publish(part_path("t1"), "f"))
     assert "killed" in error.hint
@@ -226,10 +238,11 @@ async def test_a_large_file_goes_in_parts_and_comes_back_whole(place, monkeypatc
     await write(ours, part_path("t"), content)
     await ours.publish(part_path("t"), "large")
     copied = await copy_file(ours, "large", storage, "there", tag="t1")
-    assert (copied.size_bytes, copied.verified_by) == (len(content), "read back")
+    proof = "digest crc32c" if (await storage._abilities()).whole_checksums else "read back"
+    assert (copied.size_bytes, copied.verified_by) == (len(content), proof)
     assert place.behind.get("there") == content
     again = await copy_file(storage, "there", ours, "back", tag="t2", expected=Expected(*await measure(ours, "large")))
-    assert again.checksums == copied.checksums
+    assert again.checksums.compare(copied.checksums) is Agreement.AGREE
     assert place.behind.uploads() == []
     forget(place.bucket)
 
