@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from replica.cli.output import Output
     from replica.client import Client
     from replica.config import Settings
+    from replica.storage.credentials import Credentials
 else:
     ParamType = click.ParamType
 
@@ -149,6 +150,13 @@ def settings(directory: Path | None = None, **said: Any) -> Settings:
     if (token_file := meta.get(_META + "token_file")) is not None:
         said["token_file"] = str(token_file)
     return config.load(directory, server=meta.get(_META + "server"), **said)
+
+
+def credentials() -> Credentials:
+    """What opens storages that are reached over the network: the user's own file [REPLICA_CREDENTIALS_FILE]."""
+    from replica.storage.credentials import Credentials
+
+    return Credentials.at(settings().credentials_file)
 
 
 @contextmanager

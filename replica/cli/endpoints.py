@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from replica.cli.common import ATTRIBUTE, DURATION, SIZE, Group, connected, output, pointing
+from replica.cli.common import ATTRIBUTE, DURATION, SIZE, Group, connected, credentials, output, pointing
 from replica.cli.output import Column, human_size, say, size_column
 
 COLUMNS = (
@@ -62,7 +62,7 @@ def endpoint() -> None:
 @click.option(
     "--prepare/--no-prepare",
     default=None,
-    help="Make the folder ready on this machine.  [default: if the server is on this machine, too]",
+    help="Make it ready now, from this machine.  [default: if it is a folder, and the server is on this machine, too]",
 )
 def add(
     name: str,
@@ -75,11 +75,13 @@ def add(
 ) -> int:
     """Add an endpoint to a site.
 
-    Its folder must be made ready on the machine that has it: Replica writes only where it finds its own mark, lest it
+    It must be made ready, a folder on the machine that has it: Replica writes only where it finds its own mark, lest it
     fill an empty mount point. With the server on this machine that is done at once; else see `endpoint prepare`.
     """
     from replica import wire
-    from replica.client.places import is_this_machine, prepare_here
+    from replica.client.parallel import run_here
+    from replica.client.places import is_folder, is_this_machine
+    from replica.client.places import prepare as making_ready
     from rules.errors import ReplicaError
 
     with connected() as client:
@@ -88,13 +90,14 @@ def add(
                 name=name, site=site, url=url, attributes=dict(attributes), capacity_bytes=capacity, **choices
             )
         )
-        wanted = is_this_machine(client.server) if prepare is None else prepare
+        wanted = is_this_machine(client.server) and is_folder(made) if prepare is None else prepare
     _print(made)
     if not wanted:
-        say(f"{made.url} is still to be made ready, on its machine: replica endpoint prepare {made.name}")
+        where = "on its machine" if is_folder(made) else "by who has the credentials"
+        say(f"{made.url} is still to be made ready, {where}: replica endpoint prepare {made.name}")
         return 0
     try:
-        prepare_here(made)
+        run_here(lambda: making_ready(made, credentials()))
     except ReplicaError as error:
         say(f"replica: {made.name} was added, but could not be made ready: {error.message}")
         say(f"hint: {error.hint or 'see to it'}, then run `replica endpoint prepare {made.name}`")
@@ -105,12 +108,18 @@ def add(
 @endpoint.command()
 @click.argument("name")
 def prepare(name: str) -> None:
-    """Make an endpoint's folder ready on this machine, which has its disk."""
-    from replica.client.places import prepare_here
+    """Make an endpoint ready: its folder, bucket or prefix, with Replica's mark in it.
+
+    A folder on the machine that has its disk; a server from anywhere, by your credentials file
+    [REPLICA_CREDENTIALS_FILE]. Workers never do this: where the mark is missing, a disk may not be mounted. May be
+    repeated.
+    """
+    from replica.client.parallel import run_here
+    from replica.client.places import prepare as making_ready
 
     with connected() as client:
         found = client.endpoints.show(name)
-    prepare_here(found)
+    run_here(lambda: making_ready(found, credentials()))
     output().lines(found, [f"{found.url} is ready to be {found.name}"])
 
 

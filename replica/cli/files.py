@@ -1,4 +1,4 @@
-"""`replica upload` and `replica download`: bytes between this machine and endpoints whose disk is here.
+"""`replica upload` and `replica download`: bytes between this machine and endpoints.
 
 Given     files and folders, or DIDs.
 Returns   what was done; exit code 1 when any file failed, with the reason of each on stderr.
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from replica.cli.common import FILE, Command, connected, output, pointing
+from replica.cli.common import FILE, Command, connected, credentials, output, pointing
 from replica.cli.output import human_size, say
 from rules.quantities import counted
 
 if TYPE_CHECKING:
+    from replica.client.sources import BadReplica
     from replica.client.upload import Failed
 
 _SHOWN = 20
@@ -27,12 +28,12 @@ _SHOWN = 20
 @click.argument("paths", nargs=-1, required=True, type=FILE, metavar="PATH…")
 @click.option("--scope", required=True, help="The scope of the new DIDs.")
 @click.option("--dataset", help="Put the files into this dataset; it is made if it is not there.")
-@click.option("--endpoint", help="Where to; else the disk on this machine with most space.")
+@click.option("--endpoint", help="Where to; else the disk on this machine with most space, or a server.")
 def upload(paths: tuple[Path, ...], scope: str, dataset: str | None, endpoint: str | None) -> int:
     """Copy files or folders to an endpoint, verified, and register them.
 
     A file gets the DID SCOPE:its-name; a file in a folder is named by its path relative to that folder. The same
-    command again goes on where it was.
+    command again goes on where it was. Servers are opened by your credentials file [REPLICA_CREDENTIALS_FILE].
     """
     from replica.cli.progress import progress
     from replica.client import upload as uploading
@@ -44,6 +45,7 @@ def upload(paths: tuple[Path, ...], scope: str, dataset: str | None, endpoint: s
             scope=scope,
             dataset=dataset,
             endpoint=endpoint,
+            credentials=credentials(),
             tell=tell,
             chosen=lambda name: say(f"uploading to {name}"),
         )
@@ -65,7 +67,9 @@ def upload(paths: tuple[Path, ...], scope: str, dataset: str | None, endpoint: s
 def download(dids: tuple[str, ...], directory: Path, from_expression: str | None) -> int:
     """Fetch files, or datasets with all their files, verified, each to DIR/its-name.
 
-    What is there already and right is left alone; what is there and different is never overwritten.
+    What is there already and right is left alone; what is there and different is never overwritten. Disks of this
+    machine are read first, then servers, opened by your credentials file [REPLICA_CREDENTIALS_FILE]. The same command
+    again goes on where it was, within a large file too.
     """
     from replica.cli.progress import progress
     from replica.client import download as downloading
@@ -75,12 +79,24 @@ def download(dids: tuple[str, ...], directory: Path, from_expression: str | None
         pointing(where=from_expression, expression=from_expression),
         progress("download") as tell,
     ):
-        done = downloading.download(client, dids, dir=directory, from_expression=from_expression, tell=tell)
+        done = downloading.download(
+            client, dids, dir=directory, from_expression=from_expression, credentials=credentials(), tell=tell
+        )
     output().lines(
         done,
         [f"{_files(done.files, done.bytes)} in {done.dir}: {done.copied} fetched, {done.adopted} found there already"],
     )
+    _show_bad(done.bad_replicas)
     return _show_failed(done.failed)
+
+
+def _show_bad(bad: Sequence[BadReplica]) -> None:
+    for replica in bad[:_SHOWN]:
+        say(f"replica: the replica of {replica.did} at {replica.endpoint} is not good: {replica.reason}")
+    if len(bad) > _SHOWN:
+        say(f"replica: and {counted(len(bad) - _SHOWN, 'more replica')}; -o json lists all of them")
+    if bad:
+        say("hint: tell those who look after these endpoints; the catalogue was not told")
 
 
 def _files(count: int, size: int) -> str:

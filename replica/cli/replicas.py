@@ -116,7 +116,7 @@ def _found(place: wire.Endpoint, files: tuple[Path, ...], scope: str) -> Iterato
     from rules.errors import Invalid, Refused
     from rules.names import Did
 
-    storage = Places().open(place)
+    storage = Places().open_here(place)
     root = Path(storage.tree.path).resolve()
     paths: dict[str, Did] = {}
     odd: list[str] = []

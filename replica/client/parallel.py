@@ -1,19 +1,20 @@
-"""Some copies at a time, in threads.
+"""Some pieces of work at a time, in one event loop.
 
-Given     jobs: what to call, with a Control to stop it and to see how far it is.
-Returns   each job's result, or the error it ended with, as they come.
-Promises  never more jobs are taken from the iterator than can soon be begun; when the caller leaves early (Ctrl-C, an
-          error), running copies are stopped and waited for, so that no thread outlives the call.
+Given     jobs: what to await, with a Control to stop it and to see how far it is; a job may be for several files.
+Returns   each file's result, or the error it ended with, as they come.
+Promises  never more jobs are taken from the iterator than can be begun; when the caller leaves early (Ctrl-C, an
+          error), running jobs are stopped and waited for, so that nothing outlives the call.
 Partner   replica.client.upload and replica.client.download.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import Generic, TypeVar
+from queue import Queue
+from typing import Any, Generic, TypeVar
 
 from replica.storage.copy import Control
 from rules.errors import ReplicaError
@@ -21,8 +22,10 @@ from rules.errors import ReplicaError
 K = TypeVar("K")
 R = TypeVar("R")
 
-#: One thread a file: copying, hashing and waiting for the disk release the interpreter.
+#: Large files, and lists of small ones between two disks, at a time: copying and hashing release the interpreter.
 THREADS = 4
+#: A small file that comes from or goes to a server waits more than it works: so many count as one large file.
+SMALL_PER_THREAD = 4
 _TICK_SECONDS = 0.2
 
 
@@ -44,41 +47,108 @@ def nobody(_: Progress) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Job(Generic[K, R]):
+    """Work for some files: a result or an error for each of them, or one error for all."""
+
+    keys: Sequence[K]
+    run: Callable[[Control], Awaitable[Sequence[R | Exception]]]
+    #: How much of what may run at a time it takes.
+    weight: int = SMALL_PER_THREAD
+
+    async def begun(self, control: Control) -> Sequence[R | Exception]:
+        return await self.run(control)
+
+
+@dataclass(frozen=True, slots=True)
 class Ended(Generic[K, R]):
     key: K
     result: R | None
     error: ReplicaError | None
 
 
-def in_parallel(
-    jobs: Iterable[tuple[K, Callable[[Control], R]]],
+async def in_parallel(
+    jobs: Iterable[Job[K, R]],
     *,
     threads: int = THREADS,
     tick: Callable[[int], None] = lambda _: None,
-) -> Iterator[Ended[K, R]]:
-    """Run the jobs. `tick` is called several times a second with the bytes that running jobs have done."""
+) -> AsyncGenerator[Ended[K, R], None]:
+    """Run the jobs. `tick` is called several times a second with the bytes that running jobs have done.
+
+    Close it (contextlib.aclosing) when leaving early.
+    """
+    room = threads * SMALL_PER_THREAD
     waiting = iter(jobs)
-    running: dict[Future[R], tuple[K, Control]] = {}
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="copy")
+    following = next(waiting, None)
+    running: dict[asyncio.Task[Sequence[R | Exception]], tuple[Job[K, R], Control]] = {}
     try:
         while True:
-            for key, job in islice(waiting, threads * 2 - len(running)):
+            while following is not None and (following.weight <= room or not running):
                 control = Control()
-                running[pool.submit(job, control)] = (key, control)
+                running[asyncio.create_task(following.begun(control))] = (following, control)
+                room -= following.weight
+                following = next(waiting, None)
             if not running:
                 return
-            done, _ = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
-            tick(sum(control.bytes_done for future, (_, control) in running.items() if future not in done))
-            for future in done:
-                key, _ = running.pop(future)
-                error = future.exception()
-                if error is None:
-                    yield Ended(key, future.result(), None)
-                elif isinstance(error, ReplicaError):
-                    yield Ended(key, None, error)
-                else:
-                    raise error
+            done, _ = await asyncio.wait(running, timeout=_TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            tick(sum(control.bytes_done for task, (_, control) in running.items() if task not in done))
+            for task in done:
+                job, _ = running.pop(task)
+                room += job.weight
+                for ended in _ended(job, task):
+                    yield ended
     finally:
         for _, control in running.values():
             control.stop()
-        pool.shutdown(wait=True, cancel_futures=True)
+        await _end(list(running))
+
+
+def _ended(job: Job[K, R], task: asyncio.Task[Sequence[R | Exception]]) -> Iterator[Ended[K, R]]:
+    error = task.exception()
+    results: Sequence[R | BaseException] = [error] * len(job.keys) if error is not None else task.result()
+    for key, result in zip(job.keys, results, strict=True):
+        if isinstance(result, ReplicaError):
+            yield Ended(key, None, result)
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            yield Ended(key, result, None)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel them, and wait until they ended, however often we are cancelled meanwhile."""
+    for task in tasks:
+        task.cancel()
+    again: asyncio.CancelledError | None = None
+    while left := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            again = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody complains that it was not
+    if again is not None:
+        raise again
+
+
+def run_here(main: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Run to the end from code that is not asynchronous; also in a notebook, whose thread has a loop that runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    begun: Queue[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Queue()
+
+    async def noted() -> R:
+        begun.put((asyncio.get_running_loop(), asyncio.current_task()))
+        return await main()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="replica") as pool:
+        future = pool.submit(lambda: asyncio.run(noted()))
+        try:
+            return future.result()
+        except BaseException:
+            loop, task = begun.get()
+            if task is not None and not future.done():  # Ctrl-C
+                loop.call_soon_threadsafe(task.cancel)
+            raise

@@ -1,51 +1,73 @@
-"""Which places can this machine touch: endpoints whose disk is here, and a person's own folders.
+"""Which places can this machine touch: endpoints whose disk is here, servers, and a person's own folders.
 
-Given     endpoints as the server lists them; folders of this machine.
+Given     endpoints as the server lists them, the user's own credentials; folders of this machine.
 Returns   storages to copy from and to, or the reason why there is none.
 Promises  an endpoint counts as here only if its folder exists and its sentinel says that it is this endpoint: a folder
-          of the same name on another machine is not mistaken for it.
+          of the same name on another machine is not mistaken for it. Whatever is opened here moves nothing away:
+          a worker may bring wrong bytes to quarantine, a person is told of them.
 Partner   replica.client.upload, replica.client.download and `replica register`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import os
 import stat as mode_of
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from replica import wire
-from replica.storage.base import OWN, PARTS, SENTINEL
+from replica.storage.base import SENTINEL, Storage
+from replica.storage.credentials import Credentials
 from replica.storage.posix import PosixStorage
 from replica.storage.registry import open_storage
 from replica.storage.tree import Tree
-from rules.errors import Forbidden, Invalid, Refused, ReplicaError, TargetExists, Unreachable
+from rules.errors import Forbidden, Invalid, ReplicaError, TargetExists, Unreachable
+from rules.names import shown
+
+#: What this machine cannot open, and what would help.
+_Closed = tuple[str, str]
 
 
 class Places:
-    """Opens each endpoint once and remembers what came of it."""
+    """Opens each endpoint once and remembers what came of it: folders that are here, and servers by the user's own
+    credentials. Safe to use from several threads."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, Endpoint | str] = {}
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        self._credentials = credentials
+        self._known: dict[str, Storage | _Closed] = {}
+        self._lock = threading.Lock()
 
-    def open(self, endpoint: wire.Endpoint) -> Endpoint:
-        """The endpoint's storage; Unreachable with the reason if this machine cannot touch it."""
+    def open(self, endpoint: wire.Endpoint) -> Storage:
+        """The endpoint's storage; Unreachable with the reason if this machine cannot touch it. Of a server nothing is
+        asked yet."""
         known = self._known.get(endpoint.name)
         if known is None:
-            known = self._known[endpoint.name] = _open(endpoint)
-        if isinstance(known, str):
+            with self._lock:
+                known = self._known.get(endpoint.name) or _open(endpoint, self._credentials)
+                self._known[endpoint.name] = known
+        if isinstance(known, tuple):
             raise Unreachable(
-                f"{endpoint.name} cannot be reached from this machine: {known}",
-                hint=f"mount its disk, or run this on the machine that has it; a new folder is made ready by "
-                f"`replica endpoint prepare {endpoint.name}`",
+                f"{endpoint.name} cannot be reached from this machine: {known[0]}",
+                hint=known[1],
                 endpoint=endpoint.name,
             )
         return known
+
+    def open_here(self, endpoint: wire.Endpoint) -> Endpoint:
+        """The endpoint's folder on this machine; Unreachable if there is none."""
+        storage = self.open(endpoint)
+        if not isinstance(storage, Endpoint):
+            raise Unreachable(
+                f"{endpoint.name} cannot be reached from this machine: {endpoint.url} is no folder",
+                hint="run this on a machine that has its disk mounted",
+                endpoint=endpoint.name,
+            )
+        return storage
 
     def reason(self, endpoint: wire.Endpoint) -> str:
         """Why this machine cannot touch it; empty if it can."""
@@ -55,25 +77,77 @@ class Places:
             return error.message.partition(": ")[2]
         return ""
 
+    def has_credentials(self, endpoint: wire.Endpoint) -> bool:
+        return self._credentials is not None and bool(self._credentials.of(endpoint.url))
 
-def _open(endpoint: wire.Endpoint) -> Endpoint | str:
+    async def close(self) -> None:
+        for storage in self._known.values():
+            if not isinstance(storage, tuple):
+                await storage.close()
+
+
+def is_folder(endpoint: wire.Endpoint) -> bool:
+    """Whether it is a folder of some machine, perhaps of this one."""
+    return endpoint.url.startswith("file:")
+
+
+def _open(endpoint: wire.Endpoint, credentials: Credentials | None) -> Storage | _Closed:
+    mount = (
+        "mount its disk, or run this on the machine that has it; a new folder is made ready by "
+        f"`replica endpoint prepare {endpoint.name}`"
+    )
     try:
-        storage = open_storage(endpoint.url, name=endpoint.name)
+        storage = open_storage(endpoint.url, name=endpoint.name, credentials=credentials)
         if not isinstance(storage, PosixStorage):
-            return f"{endpoint.url} is no folder"
+            return keeping(storage)
         storage.tree.space()
         owner = json.loads(Path(storage.tree.path, SENTINEL).read_text(encoding="utf-8")).get("endpoint")
+    except Invalid as error:
+        return error.message, error.hint
     except ReplicaError as error:
-        return error.message
+        return error.message, mount
     except (OSError, ValueError, AttributeError) as error:
-        return f"its file {SENTINEL} cannot be read ({error})"
+        return f"its file {SENTINEL} cannot be read ({error})", mount
     if owner and owner != endpoint.name:
-        return f"{storage.tree.path} belongs to the endpoint {owner}"
+        return f"{storage.tree.path} belongs to the endpoint {owner}", mount
     return Endpoint(storage.tree.path, name=endpoint.name, url=endpoint.url)
 
 
+def keeping(storage: Storage) -> Storage:
+    """The storage, as a person writes to it: nothing that stands in the way is ever moved."""
+
+    async def refuse(path: str) -> str:
+        raise in_the_way(storage.name, path, f"{shown(path)} at {storage.name or storage.url}")
+
+    storage.quarantine = refuse  # type: ignore[method-assign]
+    return storage
+
+
+def in_the_way(name: str, path: str, where: str) -> TargetExists:
+    return TargetExists(
+        f"{where} exists already with other bytes; it was not touched",
+        hint="move it away or choose another name, and try again",
+        endpoint=name,
+        path=path,
+        side="target",
+    )
+
+
+async def prepare(endpoint: wire.Endpoint, credentials: Credentials | None = None) -> None:
+    """Make the endpoint's folder, bucket or prefix ready, with Replica's mark in it. Idempotent.
+
+    An act of a person or of a site's own scripts, never of a worker: where a worker finds no mark, a disk may not be
+    mounted, and a mark made anew would turn "not there" into "empty": all files lost.
+    """
+    storage = open_storage(endpoint.url, name=endpoint.name, credentials=credentials)
+    try:
+        await storage.prepare()
+    finally:
+        await storage.close()
+
+
 def prepare_here(endpoint: wire.Endpoint) -> None:
-    """Make the endpoint's folder, with Replica's mark in it, on this machine. Idempotent."""
+    """`prepare` for a folder of this machine, at once; other storages are left as they are."""
     storage = open_storage(endpoint.url, name=endpoint.name)
     if isinstance(storage, PosixStorage):
         storage.tree.prepare()
@@ -113,13 +187,7 @@ class _KeepingTree(Tree):
         raise self.in_the_way(path)
 
     def in_the_way(self, path: str) -> TargetExists:
-        return TargetExists(
-            f"{self.path}/{path} exists already with other bytes; it was not touched",
-            hint="move it away or choose another name, and try again",
-            endpoint=self.name,
-            path=path,
-            side="target",
-        )
+        return in_the_way(self.name, path, f"{self.path}/{path}")
 
 
 class _FolderTree(_KeepingTree):
@@ -146,89 +214,3 @@ class _FolderTree(_KeepingTree):
                 path=path,
             )
         return found
-
-
-@contextmanager
-def landing(directory: Path) -> Iterator[Folder]:
-    """A folder to copy into. Within, unfinished files are in its hidden folder `.replica`; afterwards that is gone.
-
-    Several downloads may go to one folder at once: each holds the lock shared, and whoever can have it alone, at the
-    beginning or at the end, clears away what is left over, from processes that were killed too.
-    """
-    resolved = directory.resolve()
-    for folder in (resolved, *resolved.parents):
-        if (folder / SENTINEL).exists():
-            raise Refused(
-                f"{directory} is in the folder of an endpoint, {folder}",
-                hint="download to a folder outside of it; endpoints hold only what the catalogue knows",
-            )
-    if directory.exists() and not directory.is_dir():
-        raise Invalid(f"{directory} is not a folder", hint="choose another --dir")
-    own = directory / OWN
-    descriptor = -1
-    try:
-        while descriptor < 0:
-            descriptor = _locked(directory)
-    except OSError as error:
-        raise Forbidden(f"{directory} cannot be written to: {error.strerror}", hint="choose another --dir") from error
-    try:
-        yield Folder(directory)
-    finally:
-        if _clear(descriptor, directory):
-            # The lock file last: who finds it gone makes all of it anew, who still has it open waits for us and sees.
-            with suppress(OSError):
-                (directory / PARTS).rmdir()
-                (own / "lock").unlink()
-                own.rmdir()
-        os.close(descriptor)
-
-
-def _locked(directory: Path) -> int:
-    """A descriptor that holds the lock shared; -1 if whoever cleared away took the file from under us: try again.
-
-    Going from alone to shared lets go for a moment, so only after that is it certain that the file is still the one.
-    """
-    path = directory / OWN / "lock"
-    try:
-        (directory / PARTS).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError):
-        if not path.parent.parent.is_dir() or (directory / PARTS).is_file():
-            raise  # not for somebody who clears away at this moment
-        return -1
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileNotFoundError:
-        return -1
-    try:
-        _clear(descriptor, directory)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _is_still_there(descriptor, directory) and (directory / PARTS).is_dir():
-            return descriptor
-    except FileNotFoundError:
-        pass
-    os.close(descriptor)
-    return -1
-
-
-def _is_still_there(descriptor: int, directory: Path) -> bool:
-    """Whether the lock file is the one that others find."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), (directory / OWN / "lock").stat())
-    except FileNotFoundError:
-        return False
-
-
-def _clear(descriptor: int, directory: Path) -> bool:
-    """Remove unfinished files if nobody else is copying into the folder; whether that was so.
-
-    What was locked shared is not locked any more when it was not so. A lock on a file that is gone excludes nobody.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    if not _is_still_there(descriptor, directory):
-        return False
-    for part in (directory / PARTS).iterdir():
-        part.unlink()
-    return True

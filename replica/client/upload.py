@@ -3,30 +3,53 @@
 Given     files and folders of this machine, a scope; perhaps a dataset and an endpoint.
 Returns   Uploaded: what was copied, what was there already, and every file that failed, with the reason.
 Promises  all names are checked before the first byte moves; no file has its final name before it was verified; the same
-          command again goes on where it was: what is there is verified and adopted. When the catalogue refuses files,
-          those that this upload put there are removed again, never those that it found there.
+          command again goes on where it was: what is there is verified and adopted, and in a folder of this machine a
+          large file goes on within. When the catalogue refuses files, those that this upload put there are removed
+          again, never those that it found there.
 Partner   replica.storage.copy moves and proves one file; the catalogue takes each batch in one transaction.
+
+Storages that are reached over the network cannot be written to in ranges: a large file that was interrupted on its way
+to one of them begins anew, and leaves nothing.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import socket
 import stat as mode_of
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import xxhash
 
 from replica import wire
-from replica.client.parallel import THREADS, Progress, Tell, in_parallel, nobody
-from replica.client.places import Folder, Places
-from replica.storage.copy import Control, Copied, copy_local
+from replica.client.parallel import SMALL_PER_THREAD, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
+from replica.client.places import Folder, Places, is_folder
+from replica.storage import chunks
+from replica.storage.base import Storage
+from replica.storage.copy import (
+    Control,
+    Copied,
+    Expected,
+    Lineage,
+    LocalCopy,
+    copy_file,
+    copy_local_batch,
+    measure,
+)
+from replica.storage.credentials import Credentials
+from replica.storage.faults import blaming
+from replica.storage.judging import COPYING
 from replica.storage.posix import PosixStorage
+from replica.storage.threads import in_thread, run
 from rules.errors import (
     AlreadyExists,
     Conflict,
@@ -37,6 +60,7 @@ from rules.errors import (
     NotFound,
     Refused,
     ReplicaError,
+    SourceMissing,
     StorageError,
     TargetExists,
     Unreachable,
@@ -50,6 +74,11 @@ if TYPE_CHECKING:
 
 #: Files in one registration.
 BATCH = 500
+#: Small files between two folders that go in one list: each step is taken for all of them, and fails for few.
+LIST_FILES = 16
+LIST_BYTES_MAX = 4 << 20
+#: So often a server may refuse a file as forbidden, before anything has arrived, until the rest is not tried.
+_FORBIDDEN_TIMES = 3
 #: So many files are looked for at each endpoint to see whether an earlier upload was on its way there.
 _LOOK_AT = 100
 
@@ -101,12 +130,14 @@ def upload(
     scope: str,
     dataset: str | None = None,
     endpoint: str | None = None,
+    credentials: Credentials | None = None,
     tell: Tell = nobody,
     chosen: Callable[[str], None] = lambda _: None,
     batch: int = BATCH,
     threads: int = THREADS,
 ) -> Uploaded:
-    """Upload files and folders. `chosen` hears which endpoint it will be, `tell` how far it is."""
+    """Upload files and folders. `credentials`: what opens servers. `chosen` hears which endpoint it will be, `tell` how
+    far it is."""
     check_scope(scope)
     parent = dataset_did(scope, dataset)
     sources = gather(paths, scope)
@@ -114,17 +145,25 @@ def upload(
         raise Invalid(
             f"the dataset {parent} has the name of the file {clash[parent].local}", hint="choose another dataset name"
         )
-    place = _choose(client, endpoint, sources)
-    storage = Places().open(place)
-    chosen(place.name)
-    require_scope(client, scope)
-    if parent is not None:
-        require_dataset(client, parent)
-    run = _Run(client, place, storage, parent, sources, tell, threads)
-    for some in _batches(sources, batch):
-        if not run.go(some):
-            break
-    return run.result
+    places = Places(credentials)
+
+    async def go() -> Uploaded:
+        try:
+            place = await _choose(client, endpoint, sources, places)
+            storage = places.open(place)
+            chosen(place.name)
+            require_scope(client, scope)
+            if parent is not None:
+                require_dataset(client, parent)
+            upload = _Run(client, place, storage, parent, sources, tell, threads)
+            for some in _batches(sources, batch):
+                if not await upload.go(some):
+                    break
+            return upload.result
+        finally:
+            await places.close()
+
+    return run_here(go)
 
 
 class _Run:
@@ -134,7 +173,7 @@ class _Run:
         self,
         client: Client,
         place: wire.Endpoint,
-        storage: PosixStorage,
+        storage: Storage,
         parent: Did | None,
         sources: Sequence[Source],
         tell: Tell,
@@ -147,51 +186,106 @@ class _Run:
         self._bytes_total = sum(s.size_bytes for s in sources)
         self._files_done = self._bytes_done = 0
         #: In the name of every temporary: nobody else's, and recognisable as an upload's.
-        self._tag = f"upload-{secrets.token_hex(8)}"
-        self._counter = 0
+        tag = f"upload-{secrets.token_hex(8)}"
+        self._tags = (f"{tag}-{number}" for number in count(1))
+        self._forbidden = 0
         self.result = Uploaded(endpoint=place.name, dataset=str(parent) if parent else None, failed=[])
 
-    def go(self, batch: Sequence[Source]) -> bool:
+    async def go(self, batch: Sequence[Source]) -> bool:
         """Copy and register a batch; False if there is no point in going on."""
         arrived: list[tuple[Source, Copied]] = []
         broken: ReplicaError | None = None
-        tried = 0
 
-        def jobs() -> Iterator[tuple[Source, Callable[[Control], Copied]]]:
-            nonlocal tried
-            for source in batch:
+        def jobs() -> Iterator[Job[Source, Copied]]:
+            for job in self._jobs(batch):
                 if broken is not None:
                     return
-                tried += 1
-                yield source, self._job(source)
+                yield job
 
-        for ended in in_parallel(jobs(), threads=self._threads, tick=self._say):
-            self._files_done += 1
-            self._bytes_done += ended.key.size_bytes
-            if ended.result is not None:
-                arrived.append((ended.key, ended.result))
-                continue
-            assert ended.error is not None
-            self._fail(ended.key, self._seen_rightly(ended.key, ended.error))
-            if _is_the_endpoints(ended.error):
-                broken = ended.error
+        async with aclosing(in_parallel(jobs(), threads=self._threads, tick=self._say)) as all_ended:
+            async for ended in all_ended:
+                self._files_done += 1
+                self._bytes_done += ended.key.size_bytes
+                if ended.result is not None:
+                    arrived.append((ended.key, ended.result))
+                    continue
+                assert ended.error is not None
+                self._fail(ended.key, await in_thread(self._seen_rightly, ended.key, ended.error))
+                if self._is_the_endpoints(ended.error, bool(arrived)):
+                    broken = ended.error
         self._say(0)
-        self._register(arrived)
+        await self._register(arrived)
         if broken is None:
             return True
         self.result.not_tried = self._files_total - self._files_done
         return False
 
-    def _job(self, source: Source) -> Callable[[Control], Copied]:
-        self._counter += 1
-        tag = f"{self._tag}-{self._counter}"
+    def _jobs(self, batch: Sequence[Source]) -> Iterator[Job[Source, Copied]]:
+        """Small files between two folders in lists, if there are enough of them; every other one alone."""
+        local = isinstance(self._storage, PosixStorage)
+        # Many enough that every thread has a list of its own.
+        worth_it = local and self._threads > 1 and len(batch) >= self._threads * LIST_FILES
+        listed: list[Source] = []
+        for source in batch:
+            small = source.size_bytes <= LIST_BYTES_MAX
+            if worth_it and small:
+                listed.append(source)
+                if len(listed) == LIST_FILES:
+                    yield Job(listed, partial(self._copy_list, listed))
+                    listed = []
+            else:
+                weight = 1 if small and not local else SMALL_PER_THREAD
+                yield Job([source], partial(self._copy_one, source), weight)
+        if listed:
+            yield Job(listed, partial(self._copy_list, listed))
+
+    async def _copy_list(self, sources: Sequence[Source], control: Control) -> Sequence[Copied | Exception]:
+        assert isinstance(self._storage, PosixStorage)
+        copies = [
+            LocalCopy(self._folder(s), s.path, self._storage, self._path(s), tag=next(self._tags), control=control)
+            for s in sources
+        ]
+        return await run(partial(copy_local_batch, copies), executor=COPYING, on_cancel=control.stop)
+
+    async def _copy_one(self, source: Source, control: Control) -> Sequence[Copied | Exception]:
+        folder, target, tag = self._folder(source), self._path(source), next(self._tags)
+        if source.size_bytes <= chunks.RESUME_BYTES or not isinstance(self._storage, PosixStorage):
+            return [await copy_file(folder, source.path, self._storage, target, tag=tag, control=control)]
+        # What it is must be known before it is known where to go on. The second reading is from memory, mostly.
+        with blaming("source"):
+            expected = Expected(*await measure(folder, source.path, control=control))
+        with _only_one(self._place, target, expected) as lineage:
+            copied = await copy_file(
+                folder,
+                source.path,
+                self._storage,
+                target,
+                tag=tag,
+                expected=expected,
+                control=control,
+                lineage=lineage,
+            )
+        return [copied]
+
+    def _folder(self, source: Source) -> Folder:
         folder = self._folders.get(source.folder)
         if folder is None:
             folder = self._folders[source.folder] = Folder(source.folder)
-        target = path_for(source.did, self._place.layout)
-        return lambda control: copy_local(folder, source.path, self._storage, target, tag=tag, control=control)
+        return folder
 
-    def _register(self, arrived: list[tuple[Source, Copied]]) -> None:
+    def _path(self, source: Source) -> str:
+        return path_for(source.did, self._place.layout)
+
+    def _is_the_endpoints(self, error: ReplicaError, any_arrived: bool) -> bool:
+        """Whether the next file would fail alike. A server may forbid a single name; a disk has no such reasons."""
+        if not isinstance(error, StorageError) or error.side != "target":
+            return False
+        if isinstance(error, Forbidden) and not isinstance(self._storage, PosixStorage):
+            self._forbidden += 1
+            return self._forbidden >= _FORBIDDEN_TIMES and not any_arrived and not self.result.files
+        return isinstance(error, NoSpace | Unreachable | Forbidden)
+
+    async def _register(self, arrived: list[tuple[Source, Copied]]) -> None:
         """Register what arrived. Files that the catalogue names as refused are taken back; the rest is sent again."""
         while arrived:
             registration = wire.Registration(
@@ -204,12 +298,12 @@ class _Run:
                 evidence="hashed",
             )
             try:
-                done = self._client.replicas.register(registration)
+                done = await in_thread(self._client.replicas.register, registration)
             except (AlreadyExists, Conflict, Invalid, NotAllowed, NotFound, Refused) as error:
                 # Only an answer that says "no" is a reason to remove: after a lost answer they may well be registered.
                 reasons = {str(item.get("did")): _reason(item, error) for item in error.items}
                 refused = [(s, c) for s, c in arrived if str(s.did) in reasons]
-                self._take_back(refused or arrived)
+                await self._take_back(refused or arrived)
                 if not refused:
                     raise
                 for source, _ in refused:
@@ -223,11 +317,11 @@ class _Run:
             self.result.bytes += sum(c.size_bytes for _, c in arrived)
             return
 
-    def _take_back(self, refused: Iterable[tuple[Source, Copied]]) -> None:
+    async def _take_back(self, refused: Iterable[tuple[Source, Copied]]) -> None:
         for source, copied in refused:
-            if copied.adopted or self._is_known_here(source.did):
+            if copied.adopted or await in_thread(self._is_known_here, source.did):
                 continue  # it was there before us, or somebody else has registered it meanwhile: it is not ours
-            self._storage.tree.delete(path_for(source.did, self._place.layout))
+            await self._storage.delete(self._path(source))
 
     def _seen_rightly(self, source: Source, error: ReplicaError) -> ReplicaError:
         """What is in the way may be the very file of that name: then it is a replica, and must not be moved away."""
@@ -258,9 +352,22 @@ def _reason(item: dict[str, object], error: ReplicaError) -> str:
     return str(item.get("reason") or error.message)
 
 
-def _is_the_endpoints(error: ReplicaError) -> bool:
-    """Whether the next file would fail alike."""
-    return isinstance(error, NoSpace | Unreachable | Forbidden) and error.side == "target"
+@contextmanager
+def _only_one(place: wire.Endpoint, target: str, expected: Expected) -> Iterator[Lineage | None]:
+    """Whose unfinished file an upload goes on with: that of the same bytes, from this user and machine to the same
+    place. None while another process is at it: it must not lose its file to us, and of the two the first one wins.
+
+    The lock is a name of the kernel's, which goes with the process that has it, by whatever death.
+    """
+    known = f"{socket.gethostname()}\0{os.getuid()}\0{place.url}\0{target}\0{expected}"
+    name = f"upload-{xxhash.xxh3_128_hexdigest(known.encode())}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
+        try:
+            held.bind(f"\0replica-{name}")
+        except OSError:
+            yield None
+        else:
+            yield Lineage(name)
 
 
 # --- what is to be uploaded -------------------------------------------------------------------------------------------
@@ -405,9 +512,9 @@ def _unfit(endpoint: wire.Endpoint) -> str:
     return "" if endpoint.kind == "disk" else f"it is {endpoint.kind}"
 
 
-def _choose(client: Client, name: str | None, sources: Sequence[Source]) -> wire.Endpoint:
-    """The endpoint named; else one of the disks that are here: where an earlier try was going, or with most space."""
-    places = Places()
+async def _choose(client: Client, name: str | None, sources: Sequence[Source], places: Places) -> wire.Endpoint:
+    """The endpoint named; else one of those that can be written to from here: one where an earlier try was going, or a
+    disk of this machine, with most space, or a server that the credentials are for."""
     if name is not None:
         found = client.endpoints.show(name)
         if not found.writable:
@@ -418,30 +525,48 @@ def _choose(client: Client, name: str | None, sources: Sequence[Source]) -> wire
         return found
     needed = sum(s.size_bytes for s in sources)
     obstacles: list[str] = []
-    best: tuple[tuple[int, int], wire.Endpoint] | None = None
+    best: tuple[tuple[bool, int, int], wire.Endpoint] | None = None
     for found in client.endpoints.list():
         if reason := _unfit(found) or places.reason(found):
             obstacles.append(f"{found.name}: {reason}")
             continue
-        storage = places.open(found)
-        space = storage.tree.space()
-        free = space.free_bytes if found.free_bytes is None else min(space.free_bytes, found.free_bytes)
-        begun = sum(_is_there(storage, found, source) for source in sources[:_LOOK_AT])
-        if free < needed and not begun:
+        here = is_folder(found)
+        if not here and not places.has_credentials(found):
+            obstacles.append(f"{found.name}: no credentials for {found.url} are known here")
+            continue
+        try:
+            begun, free = await _look(places.open(found), found, sources)
+        except ReplicaError as error:
+            obstacles.append(f"{found.name}: {error.message}")
+            continue
+        if free is not None and free < needed and not begun:
             obstacles.append(f"{found.name}: {human_bytes(free)} are free, {human_bytes(needed)} are needed")
-        elif best is None or (begun, free) > best[0]:
-            best = ((begun, free), found)
+        elif best is None or (here, begun, free or 0) > best[0]:
+            best = ((here, begun, free or 0), found)
     if best is None:
         why = "\n".join(obstacles) or "there are no endpoints"
         raise Refused(
             f"no endpoint can take the upload from this machine\n{why}",
-            hint="name one with --endpoint, or run the command on a machine that has its disk",
+            hint="name one with --endpoint, or run the command on a machine that has its disk, or write down in"
+            " credentials_file what opens one",
         )
     return best[1]
 
 
-def _is_there(storage: PosixStorage, place: wire.Endpoint, source: Source) -> bool:
-    try:
-        return storage.tree.stat(path_for(source.did, place.layout)).size_bytes == source.size_bytes
-    except StorageError:
-        return False
+async def _look(storage: Storage, place: wire.Endpoint, sources: Sequence[Source]) -> tuple[int, int | None]:
+    """How many of the first files are there already, and how many bytes are free, if anybody knows."""
+    begun = 0
+    for source in sources[:_LOOK_AT]:
+        try:
+            found = await storage.stat(path_for(source.did, place.layout))
+            begun += found.size_bytes == source.size_bytes
+        except SourceMissing:
+            if not isinstance(storage, PosixStorage) and not begun:
+                break  # each look is a question to a server: the first file says where the earlier try was going
+        except Unreachable:
+            raise
+        except StorageError:
+            continue
+    space = await storage.space()
+    known = [n for n in (space.free_bytes if space else None, place.free_bytes) if n is not None]
+    return begun, min(known, default=None)

@@ -13,8 +13,8 @@ import pytest
 
 from replica import wire
 from replica.client.download import download
+from replica.client.landing import landing
 from replica.client.parallel import Progress
-from replica.client.places import landing
 from replica.client.upload import upload
 from replica.storage import faultpoints
 from rules.errors import Forbidden, Invalid, NotFound, Refused
