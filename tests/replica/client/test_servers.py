@@ -25,6 +25,7 @@ from replica.storage.credentials import Credentials
 from replica.storage.registry import open_storage
 from rules.errors import Forbidden, Refused
 from tests.replica.client.world import CONTENT, World, files_in, world
+from tests.servers_dav import PASSWORD, USER
 from tests.servers_s3 import SETTINGS, Moto
 from tests.servers_ssh import OpenSSH
 
@@ -75,6 +76,8 @@ class Far:
         if kind in ("apache", "rclone"):
             server = self.asked.getfixturevalue({"apache": "apache", "rclone": "rclone_server"}[kind])
             return f"{server.url.replace('http:', 'dav:')}/{folder}", {}
+        if kind == "locked":
+            return f"{self.asked.getfixturevalue('apache').url}/locked/{folder}", {"user": USER, "password": PASSWORD}
         if kind == "xrootd-http":
             return f"{self.asked.getfixturevalue('xrootd').url_http}/{folder}", {}
         if kind == "root":
@@ -91,6 +94,10 @@ class Far:
         url, settings = self.url(kind)
         self.tables[url] = dict(settings)
         made = self.client.endpoints.add(wire.NewEndpoint(name=name, site=site, url=url))
+        if kind == "locked":
+            apache = self.asked.getfixturevalue("apache")
+            (apache.data / "locked").mkdir(exist_ok=True)
+            apache.give_away(apache.data / "locked")
         asyncio.run(prepare(made, self.credentials))
         return made
 
@@ -132,10 +139,9 @@ class Far:
     def process(self, *dids: str, to: str = "back", **environ: str) -> subprocess.Popen:
         """The command in a process of its own."""
         secrets = self.world.directory / "credentials.toml"
-        lines = [
-            f"[{json.dumps(u)}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in s.items())
-            for u, s in self.tables.items()
-        ]
+        lines = []
+        for url, settings in self.tables.items():
+            lines += [f"[{json.dumps(url)}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
         secrets.write_text("\n".join(lines))
         secrets.chmod(0o600)
         service = self.world.service
@@ -198,18 +204,18 @@ def test_what_the_catalogue_refuses_is_taken_back(far: Far, kind: str):
     assert far.files("FAR") == ["p1/b.h5"]
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("s3", {"secret_access_key": "no"}), ("sftp", {"key_file": "other_key"})])
-def test_wrong_credentials_are_said_with_a_remedy(far: Far, kind: str, wrong: dict[str, str]):
+@pytest.mark.parametrize("kind", ["locked", "s3", "sftp"])
+def test_wrong_credentials_are_said_with_a_remedy(far: Far, kind: str):
     made = far.add(kind, "FAR")
     far.up(far.world.write(), "FAR", dataset="raw")
+    wrong = {"locked": {"password": "canary"}}.get(kind, {})
     if kind == "sftp":
         wrong = {"key_file": str(far.asked.getfixturevalue("openssh").directory / "other_key")}
-        bad = Credentials({made.url: far.tables[made.url] | wrong})
-    else:
-        bad = Credentials({})  # moto takes every key; none at all is refused before it is asked
+    # moto takes every key; none at all is refused before it is asked
+    bad = Credentials({made.url: far.tables[made.url] | wrong} if wrong else {})
     done = far.down("p1:raw", credentials=bad)
     assert (done.files, len(done.failed)) == (0, 4)
-    assert all("FAR: " in f.reason and f.hint for f in done.failed)
+    assert all("FAR: " in f.reason and f.hint and "canary" not in f.reason for f in done.failed)
     assert not (far.world.directory / "back/.replica").exists()
     with pytest.raises(Forbidden):
         asyncio.run(prepare(made, bad))
