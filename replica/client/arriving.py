@@ -33,9 +33,9 @@ from rules.errors import Broken, ReplicaError, TargetExists
 
 #: Files larger than this are not held in memory.
 SMALL_BYTES = 4 << 20
-GROUP_FILES = 128
-#: Groups at a time: one is synced while the next is written.
-GROUPS = 2
+GROUP_FILES = 64
+#: Groups at a time, each in a thread: one is synced while others are written, and syncs at the same time cost one.
+GROUPS = 4
 
 
 @dataclass(slots=True)

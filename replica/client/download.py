@@ -35,7 +35,7 @@ import msgspec
 from replica import wire
 from replica.client.arriving import SMALL_BYTES, Arriving
 from replica.client.landing import Landing, landing, lineage_of
-from replica.client.parallel import SMALL_PER_THREAD, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
+from replica.client.parallel import FULL, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
 from replica.client.places import Folder, Places
 from replica.client.sources import BadReplica, Sources
 from replica.client.upload import LIST_FILES, Failed
@@ -69,6 +69,10 @@ if TYPE_CHECKING:
 
 #: Servers that one large file comes from at the same time.
 SOURCES_AT_ONCE = 3
+#: Small files that are read from servers at the same time; more than these wait for their turn, or for the disk.
+READS_AT_ONCE = 16
+#: What a small file may have to weigh nothing else: THREADS * FULL times this is in memory at most.
+LIGHT_BYTES = 256 << 10
 #: Each source is tried so often: a flipped bit in flight, a server that starts anew.
 ROUNDS = 2
 _PAUSE_SECONDS = 0.5
@@ -259,6 +263,7 @@ class _Fetch:
         self._place = place
         self._folder = place.folder
         self._arriving = Arriving(place.folder)
+        self._reading = asyncio.Semaphore(READS_AT_ONCE)
         tag = f"download-{secrets.token_hex(8)}"
         self._tags = (f"{tag}-{number}" for number in count(1))
 
@@ -283,7 +288,8 @@ class _Fetch:
                     listed = []
             else:
                 light = small and not here and not want.is_there
-                yield Job([want], partial(self._alone, want), weight=1 if light else SMALL_PER_THREAD)
+                weight = 1 + want.expected.size_bytes // LIGHT_BYTES if light else FULL
+                yield Job([want], partial(self._alone, want), weight)
         if listed:
             yield self._list_job(listed)
 
@@ -422,13 +428,14 @@ class _Fetch:
         expected = want.expected
         hasher = Hasher(needed(expected))
         pieces: list[bytes] = []
-        with blaming("source"):
-            async with closing(source.read(replica.path, 0, expected.size_bytes)) as coming:
-                async for piece in coming:
-                    hasher.update(piece)
-                    pieces.append(bytes(piece))
-                    control.bytes_done = hasher.size_bytes
-            expect(source, replica.path, hasher, expected)
+        async with self._reading:
+            with blaming("source"):
+                async with closing(source.read(replica.path, 0, expected.size_bytes)) as coming:
+                    async for piece in coming:
+                        hasher.update(piece)
+                        pieces.append(bytes(piece))
+                        control.bytes_done = hasher.size_bytes
+                expect(source, replica.path, hasher, expected)
         return await self._arriving.land(want.did.name, pieces, hasher, expected, control)
 
     async def _by_chunks(

@@ -24,8 +24,9 @@ R = TypeVar("R")
 
 #: Large files, and lists of small ones between two disks, at a time: copying and hashing release the interpreter.
 THREADS = 4
-#: A small file that comes from or goes to a server waits more than it works: so many count as one large file.
-SMALL_PER_THREAD = 4
+#: What one thread can bear: the weight of a large file. Small ones that come from or go to a server wait more than they
+#: work, and weigh less.
+FULL = 64
 _TICK_SECONDS = 0.2
 
 
@@ -53,7 +54,7 @@ class Job(Generic[K, R]):
     keys: Sequence[K]
     run: Callable[[Control], Awaitable[Sequence[R | Exception]]]
     #: How much of what may run at a time it takes.
-    weight: int = SMALL_PER_THREAD
+    weight: int = FULL
 
     async def begun(self, control: Control) -> Sequence[R | Exception]:
         return await self.run(control)
@@ -76,7 +77,7 @@ async def in_parallel(
 
     Close it (contextlib.aclosing) when leaving early.
     """
-    room = threads * SMALL_PER_THREAD
+    room = threads * FULL
     waiting = iter(jobs)
     following = next(waiting, None)
     running: dict[asyncio.Task[Sequence[R | Exception]], tuple[Job[K, R], Control]] = {}

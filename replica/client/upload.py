@@ -31,7 +31,7 @@ import msgspec
 import xxhash
 
 from replica import wire
-from replica.client.parallel import SMALL_PER_THREAD, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
+from replica.client.parallel import FULL, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
 from replica.client.places import Folder, Places, is_folder
 from replica.storage import chunks
 from replica.storage.base import Storage
@@ -234,7 +234,7 @@ class _Run:
                     yield Job(listed, partial(self._copy_list, listed))
                     listed = []
             else:
-                weight = 1 if small and not local else SMALL_PER_THREAD
+                weight = FULL // 4 if small and not local else FULL
                 yield Job([source], partial(self._copy_one, source), weight)
         if listed:
             yield Job(listed, partial(self._copy_list, listed))
