@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import click
 
-from replica.cli.common import FILE, Command, connected, output
+from replica.cli.common import DURATION, FILE, Command, connected, credentials, output
 from replica.cli.output import Column, size_column
 from rules.quantities import counted
 
@@ -43,10 +43,45 @@ COLUMNS = (
 
 @click.command(cls=Command)
 @click.argument("did")
-def locate(did: str) -> None:
+@click.option("--metalink", "as_metalink", is_flag=True, help="As a Metalink document (RFC 5854), for download tools.")
+@click.option(
+    "--presigned",
+    "presigned_seconds",
+    type=DURATION,
+    metavar="TIME",
+    help="With --metalink: URLs that anybody may read by for so long, where your credentials can sign them (S3).",
+)
+def locate(did: str, as_metalink: bool, presigned_seconds: float | None) -> None:
     """Where the replicas of a DID are; of a dataset, those of all its files."""
+    if presigned_seconds is not None and not as_metalink:
+        raise click.UsageError("--presigned goes with --metalink")
     with connected() as client:
-        output().many(client.replicas.locate(did), COLUMNS, nothing=f"{did} has no replica")
+        found = client.replicas.locate(did)
+        if as_metalink:
+            endpoints = {endpoint.name: endpoint for endpoint in client.endpoints.list()}
+            _print_metalink(found, endpoints, None if presigned_seconds is None else round(presigned_seconds))
+        else:
+            output().many(found, COLUMNS, nothing=f"{did} has no replica")
+
+
+def _print_metalink(
+    found: Iterator[wire.Replica], endpoints: dict[str, wire.Endpoint], presigned_seconds: int | None
+) -> None:
+    from replica.client.places import Places
+    from replica.metalink import metalink
+    from replica.storage.base import SupportsPresigned
+
+    places = Places(credentials())
+
+    def signed(replica: wire.Replica) -> str | None:
+        endpoint = endpoints.get(replica.endpoint)
+        if presigned_seconds is None or endpoint is None or not places.has_credentials(endpoint):
+            return None
+        storage = places.open(endpoint)
+        return storage.presigned(replica.path, presigned_seconds) if isinstance(storage, SupportsPresigned) else None
+
+    for piece in metalink(found, endpoints, signed):
+        click.echo(piece, nl=False)
 
 
 @click.command(cls=Command)

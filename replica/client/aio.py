@@ -1,7 +1,8 @@
 """The same calls for asyncio: what a site's worker says to the centre, and bulk.
 
 Given     the server's URL and a token.
-Returns   AsyncClient with `.orders`, `.endpoints`, `.replicas` and `.send(call)` for everything else.
+Returns   AsyncClient with `.orders`, `.endpoints`, `.replicas`, `.upload`, `.download`, and `.send(call)` for what
+          else there is.
 Promises  as replica.client.http: errors of rules.errors, no answer at all is Unavailable, a call is sent twice only
           when that cannot have a second effect.
 Partner   workers.mover uses it.
@@ -10,10 +11,13 @@ Partner   workers.mover uses it.
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -38,6 +42,11 @@ from replica.client.problems import error_from
 from replica.client.replicas import locate, register
 from rules.errors import Unavailable
 from rules.names import Did
+
+if TYPE_CHECKING:
+    from replica.client.download import Downloaded
+    from replica.client.parallel import Progress, Tell
+    from replica.client.upload import Uploaded
 
 T = TypeVar("T")
 
@@ -229,6 +238,7 @@ class AsyncClient:
 
     def __init__(self, server: str, token: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self._http = AsyncHttp(server, token, timeout_seconds=timeout_seconds)
+        self._given = (server, token)
         self.orders = AsyncOrders(self._http)
         self.deletions = AsyncDeletions(self._http)
         self.checks = AsyncChecks(self._http)
@@ -238,6 +248,36 @@ class AsyncClient:
 
     async def send(self, call: Call[T]) -> T:
         return await self._http.send(call)
+
+    async def upload(self, paths: Sequence[str | os.PathLike[str]], **how: Any) -> Uploaded:
+        """As replica.client.upload.upload."""
+        from replica.client.upload import upload
+
+        return await self._aside(upload, paths, **how)
+
+    async def download(self, dids: Sequence[str], **how: Any) -> Downloaded:
+        """As replica.client.download.download."""
+        from replica.client.download import download
+
+        return await self._aside(download, dids, **how)
+
+    async def _aside(self, work: Callable[..., T], what: Sequence[Any], tell: Tell | None = None, **how: Any) -> T:
+        """In a thread with a loop of its own, so that nothing here waits for hashing; `tell` is called from there. When
+        the caller is cancelled it is stopped, and waited for."""
+        from replica.client import Client
+        from replica.storage.judging import Stopped
+        from replica.storage.threads import run
+
+        left = threading.Event()
+
+        def telling(now: Progress) -> None:
+            if left.is_set():
+                raise Stopped("the caller has left")
+            if tell is not None:
+                tell(now)
+
+        with Client(*self._given) as client:
+            return await run(partial(work, client, what, tell=telling, **how), on_cancel=left.set)
 
     async def close(self) -> None:
         await self._http.close()

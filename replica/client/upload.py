@@ -14,6 +14,7 @@ to one of them begins anew, and leaves nothing.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -63,6 +64,7 @@ from rules.errors import (
     SourceMissing,
     StorageError,
     TargetExists,
+    Transient,
     Unreachable,
 )
 from rules.names import Did, check_scope, shown
@@ -77,6 +79,8 @@ BATCH = 500
 #: Small files between two folders that go in one list: each step is taken for all of them, and fails for few.
 LIST_FILES = 16
 LIST_BYTES_MAX = 4 << 20
+#: After a failure of a server's that may pass.
+_PAUSES = (0.2, 1.0)
 #: So often a server may refuse a file as forbidden, before anything has arrived, until the rest is not tried.
 _FORBIDDEN_TIMES = 3
 #: So many files are looked for at each endpoint to see whether an earlier upload was on its way there.
@@ -248,6 +252,19 @@ class _Run:
         return await run(partial(copy_local_batch, copies), executor=COPYING, on_cancel=control.stop)
 
     async def _copy_one(self, source: Source, control: Control) -> Sequence[Copied | Exception]:
+        """Once more, when it was a server's failure that may pass. What a lost answer left there is adopted then."""
+        for pause in (*_PAUSES, None):
+            try:
+                return await self._copy(source, control)
+            except Transient as error:
+                wait = pause is not None and not isinstance(self._storage, PosixStorage) and error.side == "target"
+                if pause is None or not wait or isinstance(error, NoSpace | Unreachable):
+                    raise
+                control.bytes_done = 0
+                await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _copy(self, source: Source, control: Control) -> Sequence[Copied | Exception]:
         folder, target, tag = self._folder(source), self._path(source), next(self._tags)
         if source.size_bytes <= chunks.RESUME_BYTES or not isinstance(self._storage, PosixStorage):
             return [await copy_file(folder, source.path, self._storage, target, tag=tag, control=control)]

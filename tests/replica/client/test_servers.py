@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from replica import wire
+from replica.cli.main import root
+from replica.client import AsyncClient
 from replica.client.download import download
 from replica.client.parallel import Progress
 from replica.client.places import prepare
@@ -136,16 +141,24 @@ class Far:
         more.setdefault("credentials", self.credentials)
         return download(self.client, dids, dir=self.world.directory / to, **more)
 
-    def process(self, *dids: str, to: str = "back", **environ: str) -> subprocess.Popen:
-        """The command in a process of its own."""
-        secrets = self.world.directory / "credentials.toml"
+    def secrets(self) -> Path:
+        """The credentials as the file that a person would write."""
+        file = self.world.directory / "credentials.toml"
         lines = []
         for url, settings in self.tables.items():
             lines += [f"[{json.dumps(url)}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
-        secrets.write_text("\n".join(lines))
-        secrets.chmod(0o600)
+        file.write_text("\n".join(lines))
+        file.chmod(0o600)
+        return file
+
+    def process(self, *dids: str, to: str = "back", **environ: str) -> subprocess.Popen:
+        """The command in a process of its own."""
         service = self.world.service
-        mine = {"REPLICA_SERVER": service.url, "REPLICA_TOKEN": service.admin, "REPLICA_CREDENTIALS_FILE": str(secrets)}
+        mine = {
+            "REPLICA_SERVER": service.url,
+            "REPLICA_TOKEN": service.admin,
+            "REPLICA_CREDENTIALS_FILE": str(self.secrets()),
+        }
         command = [sys.executable, "-m", "replica", "download", *dids, "--dir", self.world.directory / to, "-o", "json"]
         return subprocess.Popen(
             command,
@@ -474,3 +487,50 @@ def test_nothing_in_the_way_is_moved_even_when_it_appears_in_the_last_moment(far
         done = far.up(far.world.write({"a": b"mine"}), "FAR")
     assert "exists already with other bytes" in done.failed[0].reason
     assert (folder / "p1/a").read_bytes() == b"somebody's"
+
+
+def test_a_signed_link_is_readable_by_anybody(far: Far, monkeypatch: pytest.MonkeyPatch):
+    far.add("s3", "FAR")
+    far.up(far.world.write({"a ü.h5": b"alpha"}), "FAR", dataset="raw")
+    service = far.world.service
+    for key, value in {"SERVER": service.url, "TOKEN": service.admin, "CREDENTIALS_FILE": str(far.secrets())}.items():
+        monkeypatch.setenv(f"REPLICA_{key}", value)
+    plain, signed = (
+        CliRunner().invoke(root, ["locate", "p1:raw", "--metalink", *more]).stdout
+        for more in ([], ["--presigned", "1h"])
+    )
+    assert SETTINGS["secret_access_key"] not in plain + signed
+    (url,) = [u.text for u in ElementTree.fromstring(signed).iter("{urn:ietf:params:xml:ns:metalink}url")]
+    with urllib.request.urlopen(url) as answer:
+        assert answer.read() == b"alpha"
+    assert "Signature" in signed
+    assert "Signature" not in plain
+
+
+async def test_the_same_verbs_for_asyncio(far: Far):
+    source = far.world.write({"big": bytes(50_000_000)})
+    service = far.world.service
+    async with AsyncClient(service.url, service.admin) as client:
+        told: list[Progress] = []
+        done = await client.upload([source], scope="p1", dataset="raw", endpoint="DESY-DISK", tell=told.append)
+        assert (done.files, told[-1].files_done) == (1, 1)
+        began = threading.Event()
+
+        def slow(point: str, piece: memoryview | None) -> bytes | None:
+            began.set()
+            threading.Event().wait(0.05)
+            return None
+
+        with faultpoints.handling(slow):
+            task = asyncio.create_task(client.download(["p1:raw"], dir=far.world.directory / "back"))
+            await asyncio.to_thread(began.wait)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert files_in(far.world.directory / "back") == {}
+        assert (await client.download(["p1:raw"], dir=far.world.directory / "back")).files == 1
+
+
+async def test_in_a_notebook_a_loop_is_running_already(far: Far):
+    far.up(far.world.write(), "DESY-DISK", dataset="raw")
+    assert far.down("p1:raw").files == 4
