@@ -47,6 +47,7 @@ class Fault:
     turn: int = 0  #: not before the exchange of this number
     at: float = 0.0  #: where in the body, 0 to 1; for raw TCP, how many bytes pass first
     happened: bool = False
+    method: bytes = b""  #: of HTTP, if only that
 
 
 class _Dropped(Exception):
@@ -122,10 +123,16 @@ class FaultProxy:
             self._serving.discard(task)
             self._stuck.discard(task)
 
-    def take(self, *kinds: str, body: bool = True) -> Fault | None:
+    def take(self, *kinds: str, body: bool = True, method: bytes = b"") -> Fault | None:
         """The next fault of these kinds, if its turn has come. It has happened then."""
         for fault in self._faults:
-            if not fault.happened and fault.kind in kinds and fault.turn <= self._turn and body:
+            if (
+                not fault.happened
+                and fault.kind in kinds
+                and fault.turn <= self._turn
+                and body
+                and fault.method in (b"", method)
+            ):
                 fault.happened = True
                 return fault
         return None
@@ -153,7 +160,7 @@ class _Link:
             self.proxy._turn += 1
             method = head.partition(b" ")[0]
             length = _length(head) or 0
-            answer = self.proxy.take(*ANSWERS[:8], "page", "garbage", "redirect", "lost_before")
+            answer = self.proxy.take(*ANSWERS[:8], "page", "garbage", "redirect", "lost_before", method=method)
             if answer is not None:
                 await self._instead(answer, method)
             self.up_writer.write(head)
@@ -210,7 +217,7 @@ class _Link:
         status = head[9:12]
         empty = method == b"HEAD" or status in (b"204", b"304")
         size = 0 if empty else length
-        after = self.proxy.take("500_after", "503_after", "lost_after")
+        after = self.proxy.take("500_after", "503_after", "lost_after", method=method)
         if after is not None:
             await self._drain(size, chunked and not empty)
             if after.kind == "lost_after":

@@ -30,6 +30,7 @@ from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import asyncssh
+from asyncssh.packet import PacketDecodeError
 
 from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.gathering import Gathering
@@ -91,7 +92,7 @@ class Session:
         """Within, asyncssh's errors become Replica's, about `path`; the session is given up where it must be."""
         try:
             yield
-        except (asyncssh.SFTPError, asyncssh.Error, OSError) as error:
+        except (asyncssh.SFTPError, asyncssh.Error, OSError, PacketDecodeError) as error:
             found = from_ssh(error, endpoint=self._endpoint, path=path)
             if isinstance(found, Unreachable | TimedOut):
                 self.give_up()
@@ -267,7 +268,7 @@ class Connections:
             async with asyncio.timeout(self._connect_seconds):
                 client = await connection.start_sftp_client()
                 return Session(client, self._endpoint, answer_seconds=self._quiet)
-        except (asyncssh.SFTPError, asyncssh.Error, OSError) as error:
+        except (asyncssh.SFTPError, asyncssh.Error, OSError, PacketDecodeError) as error:
             raise self._unreachable("it gives us no SFTP session", error) from error
 
     async def _connect(self) -> asyncssh.SSHClientConnection:
@@ -301,7 +302,7 @@ class Connections:
             raise self._forbidden(
                 f"no common algorithm ({error.reason})", "the server's SSH is too old, or too strict, for this one"
             ) from error
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, OSError, PacketDecodeError) as error:
             raise self._unreachable("no connection", error) from error
 
     def _options(self) -> dict[str, object]:

@@ -547,16 +547,25 @@ class WebdavStorage:
         for again in (False, True):
             try:
                 async with self.http.request("MOVE", self.names.url(path) + slash, to, headers=headers) as response:
-                    if response.status in (200, 201, 204):
+                    if response.status in (201, 204):
                         await response.read()
                         return None
-                    return await self.http.refusal(response, to)
+                    if response.status != 200:
+                        return await self.http.refusal(response, to)
             except Transient as error:
                 # A busy Apache closes idle connections, under a request too. If what was to be moved still lies there,
                 # nothing happened; if not, nobody can tell who moved it.
                 lost = isinstance(error.__cause__, aiohttp.ServerDisconnectedError)
                 if again or not lost or await self.look(path, folder=folder) is None:
                     raise
+            else:
+                return await self._really_moved(path, to, folder)
+        return None
+
+    async def _really_moved(self, path: str, to: str, folder: bool) -> StorageError | None:
+        """200 is what no server of WebDAV answers to a MOVE, and what every log-in page of a proxy does."""
+        if await self.look(path, folder=folder) is not None or await self.look(to, folder=folder) is None:
+            return self.error(Transient, to, "MOVE was answered with status 200, and nothing was moved")
         return None
 
     def exists(self, path: str) -> StorageError:

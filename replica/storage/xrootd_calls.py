@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -104,7 +105,7 @@ class Server:
         """Names and what they are; None where the server did not say."""
         flags = self._flags().DirListFlags.STAT
         try:
-            entries = self._ask("dirlist", self._with(path), flags)
+            entries = self._ask("dirlist", self._with(path), flags, aside=True)
         except (SystemError, UnicodeDecodeError):  # how the library reports bytes that are no text
             raise OSError(errno.EILSEQ, "a name in it is not UTF-8") from None
         return [(entry.name, _found(entry.statinfo) if entry.statinfo else None) for entry in entries or ()]
@@ -160,9 +161,13 @@ class Server:
 
     # ── the library ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _ask(self, verb: str, *arguments: Any, seconds: int = 0) -> Any:
+    def _ask(self, verb: str, *arguments: Any, seconds: int = 0, aside: bool = False) -> Any:
         system = self._filesystem()
-        return self._wait(getattr(system, verb), *arguments, seconds=seconds or self.ask_seconds, of=system)
+        seconds = seconds or self.ask_seconds
+        call = getattr(system, verb)
+        if aside:
+            call = partial(_aside, call)
+        return self._wait(call, *arguments, seconds=seconds, of=system)
 
     def _wait(self, verb: Callable[..., Any], *arguments: Any, seconds: int, of: Any) -> Any:
         """The answer to one request, for which we wait by ourselves: the library waits for ever for the rest of an
@@ -175,12 +180,15 @@ class Server:
             answered.set()
 
         begun = verb(*arguments, timeout=seconds, callback=tell)
-        if not begun.ok:
+        if begun is not None and not begun.ok:
             return self._checked((begun, None))
         if not answered.wait(seconds + _GRACE_SECONDS):
             self._start_anew(of, arguments)
             raise self._problem(TimedOut, "it stopped in the middle of an answer", "see whether it is overloaded")
-        return self._checked(answers[0])
+        status, value = answers[0]
+        if isinstance(value, Exception):
+            raise value
+        return self._checked((status, value))
 
     def _start_anew(self, *stuck: Any) -> None:
         """Our next requests go by another connection, which the library makes for another user name. What is stuck is
@@ -245,6 +253,18 @@ class Server:
 
     def _problem(self, kind: type[StorageError], reason: str, hint: str) -> StorageError:
         return kind(f"endpoint {self._label}: {reason}", hint=hint, endpoint=self.name)
+
+
+def _aside(verb: Callable[..., Any], *arguments: Any, timeout: int, callback: Callable[..., None]) -> None:
+    """For requests whose answer the library may fail to make an object of: it would not call back then."""
+
+    def ask() -> None:
+        try:
+            callback(*verb(*arguments, timeout=timeout), None)
+        except Exception as error:  # noqa: BLE001  raised where it is waited for
+            callback(None, error, None)
+
+    threading.Thread(target=ask, name="xrootd-aside", daemon=True).start()
 
 
 def _owned(answer: bool) -> None:

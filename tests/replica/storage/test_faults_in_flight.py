@@ -149,6 +149,32 @@ async def test_an_xrootd_server_that_stops_in_the_middle_of_an_answer_costs_a_bo
         assert b"".join([bytes(piece) async for piece in storage.read("f")]) == content
 
 
+async def test_a_page_of_a_proxy_is_no_publication(apache):
+    (apache.data / "page").mkdir()
+    apache.give_away(apache.data / "page")
+    async with FaultProxy(apache.port) as proxy:
+        storage = open_storage(f"http://127.0.0.1:{proxy.port}/page", name="DAV")
+        await storage.prepare()
+        await _written(storage, part_path("t1"), CONTENT)
+        # First the name is claimed, then it is given; where no claims are needed, it is given at once.
+        proxy.arm(Fault("page", method=b"MOVE"))
+        await storage.publish(part_path("t1"), "f")
+        assert (apache.data / "page/f").read_bytes() == CONTENT
+        await _written(storage, part_path("t2"), CONTENT)
+        storage._claims = None  # as with `atomic_move`
+        proxy.arm(Fault("page", method=b"MOVE"))
+        await storage.publish(part_path("t2"), "g")
+        assert (apache.data / "page/g").read_bytes() == CONTENT
+        await storage.close()
+
+
+async def _written(storage, part, content):
+    async def pieces():
+        yield content
+
+    await storage.write(part, pieces(), size_bytes=len(content))
+
+
 def test_how_long_a_server_may_be_silent_is_a_setting():
     assert Timeouts.of({}) == Timeouts()
     assert Timeouts.of({"quiet_seconds": "300"}).between == 300
