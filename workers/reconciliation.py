@@ -14,14 +14,16 @@ from replica.log import get_logger
 from rules.reconciling import Policy
 from workers.runtime import Report
 
+DEFAULT = Policy()
+
 
 def schedule(
     db: Database,
     *,
-    scan_grace_seconds: float,
-    scan_dark_grace_seconds: float,
-    scan_fraction_max: float,
-    scan_every_days: float,
+    scan_grace_seconds: float = DEFAULT.grace_seconds,
+    scan_dark_grace_seconds: float = DEFAULT.dark_grace_seconds,
+    scan_fraction_max: float = DEFAULT.fraction_max,
+    scan_every_days: float = DEFAULT.every_days,
 ) -> Report:
     policy = Policy(scan_grace_seconds, scan_dark_grace_seconds, scan_fraction_max, scan_every_days)
     with db.write() as s:

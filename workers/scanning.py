@@ -204,8 +204,11 @@ class Scanner:
                 # Once more: a disk that went away meanwhile must not have lost what it did not list.
                 await self._look_for_mark(storage, order.endpoint)
                 scan = await self._tell(order, comparison)
+            except asyncio.CancelledError:
+                comparison.close()  # who comes next goes on with what is complete
+                raise
             except BaseException:
-                comparison.close()
+                comparison.remove()
                 raise
             await asyncio.to_thread(comparison.remove)
             if scan.state != "verifying":

@@ -376,6 +376,8 @@ def _seen_before(s: Session, scan_id: int, before: int) -> None:
         earlier.c.kind == findings.c.kind,
         earlier.c.path_hash == findings.c.path_hash,
         earlier.c.size_bytes == findings.c.size_bytes,
+        # Written anew since then, it may be an upload that is not registered yet.
+        earlier.c.mtime_ns == findings.c.mtime_ns,
         earlier.c.file_id.is_not_distinct_from(findings.c.file_id),
         earlier.c.generation.is_not_distinct_from(findings.c.generation),
     )

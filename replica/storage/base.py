@@ -157,6 +157,9 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> AsyncIterator[Entry]:
         """Every file beneath the folder `prefix`, in no promised order; Replica's own folder is left out.
 
+        A path is the very one that `publish` was given, and that `stat` takes; the size is that of `stat`, the time at
+        least in whole seconds. What no verb can speak of (a link, a name that is no text) is an entry with a problem.
+
         No effect. What appears or goes away meanwhile may or may not be seen; what stays is seen exactly once. A folder
         that is not there is an empty one. What cannot be read raises: a listing never leaves out in silence, for a
         missing line is taken for a missing file.

@@ -163,7 +163,9 @@ class Comparison:
                     )
                 else:
                     there[path] = size, mtime
-            for path, size, fields in self.known.bin(number):
+            # Each path once: a thread that was left behind by a cancelled scan may have written some of it again.
+            known = {path: (size, fields) for path, size, fields in self.known.bin(number)}
+            for path, (size, fields) in known.items():
                 file, generation, expected = map(int, fields.split(b" "))
                 found = there.pop(path, None)
                 if expected and (found is None or found[0] not in (size, NO_SIZE)):

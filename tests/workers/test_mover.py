@@ -596,7 +596,7 @@ async def test_an_idle_mover_does_nothing(centre, running):
     before = time.process_time()
     await asyncio.sleep(1.0)
     assert time.process_time() - before < 0.05
-    assert centre.calls == {"claim": 1, "deletions.claim": 1, "checks.claim": 1}
+    assert centre.calls == {"claim": 1, "deletions.claim": 1, "scans.claim": 1, "checks.claim": 1}
 
 
 def test_a_mover_in_a_thread_begins_anew_after_what_should_never_happen():

@@ -47,6 +47,8 @@ def test_sizes_and_what_is_not_expected(tmp_path: Path) -> None:
     sizes = {"same": 5, "other": 6, "unsaid": NO_SIZE, "copying": 2, "dark": NO_SIZE}
     comparison.list_all(Entry(path, size, 0) for path, size in sizes.items())
     comparison.list_all([Entry("same", 5, 0, "symbolic link")])
+    comparison.know(0, 1, 5, True, "same")  # said twice
+    comparison.known.write()
     comparison.listed.finish()
     assert set(comparison.differences()) == {
         Missing(1, 1, 6), Dark("dark", 0, 0, ""), Dark("same", 5, 0, "symbolic link")
