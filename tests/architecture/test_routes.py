@@ -118,7 +118,14 @@ def test_the_table_keeps_workers_away_from_everything_but_their_orders(service: 
         "POST /api/v1/orders/deletions/claim",
         "POST /api/v1/orders/deletions/heartbeat",
         "POST /api/v1/orders/deletions/report",
+        "POST /api/v1/orders/checks/claim",
+        "POST /api/v1/orders/checks/heartbeat",
+        "POST /api/v1/orders/checks/report",
         "POST /api/v1/endpoints/{endpoint}/space",
+        # Of replicas at endpoints of its own site only: see replica.catalog.verdicts.
+        "POST /api/v1/replicas/bad",
+        "POST /api/v1/replicas/good",
+        "POST /api/v1/replicas/repair",
     }
 
 
