@@ -98,6 +98,13 @@ class Range:
             last = self._end(self.size_guess) - 1
         return f"bytes={self.offset}-{last}"
 
+    @property
+    def bytes_asked(self) -> int:
+        """0: nobody knows."""
+        if self.offset < self.size_guess:
+            return self._end(self.size_guess) - self.offset
+        return self.length or 0
+
     def _end(self, size: int) -> int:
         return size if self.length is None else min(size, self.offset + self.length)
 

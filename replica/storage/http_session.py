@@ -49,6 +49,7 @@ from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.faults import place
 from replica.storage.http_body import Body
 from replica.storage.http_faults import refused, translated_http
+from replica.storage.http_quick import SMALL_BYTES, Quick
 from rules.errors import Forbidden, Invalid, StorageError, Transient
 from rules.names import shown
 
@@ -60,6 +61,9 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PROPFIND", "DELETE", "OPTIONS"})
 #: May be answered by another host. The others change names, and a name is the storage's own.
 _MAY_LEAVE = frozenset({"GET", "HEAD", "PUT"})
+#: Their answers are short, or nobody wants them.
+_SMALL_ANSWERS = frozenset({"HEAD", "PUT", "MKCOL", "MOVE", "DELETE"})
+_COMMON = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "replica"}
 _PORTS = {"https": 443, "http": 80}
 _REASON_BYTES_MAX = 2048
 READ_BYTES = 1 << 18
@@ -93,6 +97,8 @@ class Pool:
     """What belongs to one event loop."""
 
     session: aiohttp.ClientSession
+    #: For small requests, past it.
+    quick: Quick
     #: See `Webdav.present`: the question that is being asked, and the one that will be asked after it.
     asking: asyncio.Task[StorageError | None] | None = None
     to_ask: asyncio.Task[StorageError | None] | None = None
@@ -143,15 +149,18 @@ class Http:
         body: bytes | Body | None = None,
         seconds: float | None = None,
         resend: bool | None = None,
+        quick: bool | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The final response to a request, whatever its status; `path` is for messages.
 
+        `quick`: the answer is small (None: that of such a method always is).
         `resend`: it may be sent twice (None: GET and its like may). A Body is never sent twice once a piece was taken.
         """
         may_resend = method in _IDEMPOTENT if resend is None else resend
+        quick = method in _SMALL_ANSWERS if quick is None else quick
         with translated_http(self.name, path, method):
             try:
-                response = await self._follow(method, url, path, dict(headers or {}), body, seconds, may_resend)
+                response = await self._follow(method, url, path, dict(headers or {}), body, seconds, may_resend, quick)
                 try:
                     yield response
                 finally:
@@ -200,9 +209,10 @@ class Http:
         body: bytes | Body | None,
         seconds: float | None,
         may_resend: bool,
+        quick: bool,
     ) -> aiohttp.ClientResponse:
         for _ in range(_REDIRECTS_MAX + 1):
-            response = await self._send(method, url, path, headers, body, seconds, may_resend)
+            response = await self._send(method, url, path, headers, body, seconds, may_resend, quick)
             self.server = response.headers.get("Server", "")
             if response.status not in _REDIRECTS or "Location" not in response.headers:
                 return response
@@ -229,6 +239,7 @@ class Http:
         body: bytes | Body | None,
         seconds: float | None,
         may_resend: bool,
+        quick: bool,
     ) -> aiohttp.ClientResponse:
         self._refuse_plain(url, path)
         session = self.pool().session
@@ -237,6 +248,7 @@ class Http:
             # XRootD 5 closes after a DELETE of nothing, though it says it keeps alive: the next MOVE would fail.
             more["Connection"] = "close"
         expect = isinstance(body, Body) and self.continues is not False
+        quick = quick and not isinstance(body, Body) and len(body or b"") <= SMALL_BYTES and self._is_beneath(url)
         for again in (False, True):
             used = SimpleNamespace(reused=False)
             wait = self.timeouts.connect + (seconds or self.timeouts.first_byte)
@@ -247,6 +259,8 @@ class Http:
                     if isinstance(body, Body):
                         body.watch(deadline, self.timeouts.between, seconds or self.timeouts.first_byte)
                         more["Content-Length"] = str(body.size_bytes)
+                    elif quick and (answer := await self.pool().quick.ask(method, url, _COMMON | more, body, used)):
+                        return answer
                     return await session.request(
                         method,
                         URL(url, encoded=True),
@@ -272,6 +286,10 @@ class Http:
         raise AssertionError("unreachable")
 
     # ── who may see what ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _is_beneath(self, url: str) -> bool:
+        """Written just as the storage's own URL; what is not may still be `is_own`."""
+        return (url + "/").startswith(self.base + "/")
 
     def is_own(self, url: str) -> bool:
         """Within the storage: the only place its secrets are sent to."""
@@ -322,7 +340,7 @@ class Http:
             )
 
     def _refuse_plain(self, url: str, path: str) -> None:
-        if url.startswith("https://"):
+        if url.startswith("https://") or (self._is_beneath(url) and _is_this_machine(self.origin[1])):
             return
         split = urlsplit(url)
         if split.scheme == "http" and not self._insecure and not _is_this_machine(split.hostname or ""):
@@ -344,7 +362,8 @@ class Http:
             with self._lock:
                 for other in [other for other in self._pools if other.is_closed()]:
                     self._pools.pop(other).session.detach()  # its connections ended with its loop
-                found = self._pools[loop] = Pool(self._open())
+                quick = Quick(self.base, self._trust(), idle_seconds=_IDLE_SECONDS)
+                found = self._pools[loop] = Pool(self._open(), quick)
         return found
 
     def _open(self) -> aiohttp.ClientSession:
@@ -358,7 +377,7 @@ class Http:
             ),
             auto_decompress=False,  # bytes are bytes: a server that compresses them is refused
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"Accept-Encoding": "identity", "User-Agent": "replica"},
+            headers=_COMMON,
             read_bufsize=READ_BYTES,
             trace_configs=[tracing],
         )
@@ -389,8 +408,10 @@ class Http:
         mine = asyncio.get_running_loop()
         for loop, pool in pools.items():
             if loop is mine:
+                pool.quick.close()
                 await pool.session.close()
             elif loop.is_running():
+                loop.call_soon_threadsafe(pool.quick.close)
                 asyncio.run_coroutine_threadsafe(pool.session.close(), loop)
             else:
                 pool.session.detach()

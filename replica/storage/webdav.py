@@ -62,6 +62,7 @@ from replica.storage.digests import WANTED, digests
 from replica.storage.faults import place
 from replica.storage.http_body import SMALL_BYTES, Body, paced, pieces_of, spooled, whole
 from replica.storage.http_bulk import bulk
+from replica.storage.http_quick import SMALL_BYTES as SMALL_ANSWER_BYTES
 from replica.storage.http_ranges import Changed, Spans, Wrong
 from replica.storage.http_session import Http, Timeouts
 from replica.storage.multistatus import QUESTION, QUOTA_QUESTION, Found, Multistatus, NotMultistatus, mtime_ns
@@ -242,7 +243,9 @@ class WebdavStorage:
     async def propfind(self, url: str, path: str, depth: str, question: bytes) -> AsyncGenerator[Found, None]:
         """Every resource the server names; none at all: there is nothing (404)."""
         headers = {"Depth": depth, "Content-Type": "application/xml"}
-        async with self.http.request("PROPFIND", url, path, headers=headers, body=question) as response:
+        async with self.http.request(
+            "PROPFIND", url, path, headers=headers, body=question, quick=depth == "0"
+        ) as response:
             if response.status in (404, 410):
                 return
             if response.status == 200:
@@ -318,7 +321,8 @@ class WebdavStorage:
         spans = Spans(offset, length, self._sizes.get(path, self._written.get(path, 0)))
         while (wanted := spans.wanted) is not None:
             headers = {"Range": wanted.header}
-            async with self.http.request("GET", self.names.url(path), path, headers=headers) as response:
+            small = 0 < wanted.bytes_asked <= SMALL_ANSWER_BYTES
+            async with self.http.request("GET", self.names.url(path), path, headers=headers, quick=small) as response:
                 if response.status in (404, 410):
                     await self.present()
                     raise self._missing(path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -16,6 +19,7 @@ from replica.storage.conformance import listed, read_all, refusal, write
 from replica.storage.copy import copy_file
 from replica.storage.digests import digests
 from replica.storage.http_faults import refused, seconds_of
+from replica.storage.http_quick import Quick
 from replica.storage.http_session import Timeouts
 from replica.storage.memory import MemoryStorage, behind, forget
 from replica.storage.multistatus import Multistatus, NotMultistatus
@@ -158,11 +162,15 @@ _HEAD = (
         (lambda _: web.Response(status=500, text=f"token {TOKEN} no space left on device"), NoSpace),
     ],
 )
-@pytest.mark.parametrize("straight", [False, True])
-async def test_a_wrong_answer_is_an_error_and_never_content(make, error, straight, monkeypatch):
-    """`straight`: taken from the socket, as large ones are."""
-    monkeypatch.setattr(http_bulk, "BULK_BYTES", 1 if straight else 1 << 30)
+@pytest.mark.parametrize("way", ["aiohttp", "bulk", "quick"])
+async def test_a_wrong_answer_is_an_error_and_never_content(make, error, way, monkeypatch):
+    """By aiohttp; taken from the socket, as large ones are; past aiohttp, as small ones are."""
+    monkeypatch.setattr(http_bulk, "BULK_BYTES", 1 if way == "bulk" else 1 << 30)
     async with serving(on_get(make)) as storage:
+        if way == "quick":
+            storage.believed("f", len(CONTENT))
+            # A small answer has one limit of time for all of it; a server that drips may give up first.
+            error = (TimedOut, Transient) if error is TimedOut else error
         failed = await refusal(error, lambda: read_all(storage, "f"))
         assert TOKEN not in failed.message + failed.hint
         assert failed.endpoint == "dav"
@@ -175,7 +183,71 @@ async def test_a_good_answer_is_content(monkeypatch):
         monkeypatch.setattr(http_bulk, "BULK_BYTES", 1)
         monkeypatch.setattr(http_bulk, "_PIECE_BYTES", 1000)
         assert await read_all(storage, "f") == CONTENT
+        storage.believed("f", len(CONTENT))
         assert await read_all(storage, "f") == CONTENT
+
+
+_OK = b"HTTP/1.1 200 OK\r\nServer: x\r\n"
+_SMUGGLED = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDigest: adler32=666\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "stays"),
+    [
+        (_OK + b"Content-Length: 5\r\n\r\nhello", 200, True),
+        (_OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 200, True),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + _OK + b"Content-Length: 5\r\n\r\nhello", 200, True),
+        (_OK + b"Connection: close\r\nContent-Length: 5\r\n\r\nhello", 200, False),
+        (_OK + b"\r\nhello", 200, False),  # up to the end of the connection
+        (_OK + b"Content-Length: 5\r\n\r\nhello" + _SMUGGLED, 200, False),
+        (_OK + b"Content-Length: 5\r\n\r\nhel", None, False),
+        (_OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!", None, False),
+        (_OK + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", None, False),
+        (_OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel", None, False),
+        (_OK + b"X: " + b"x" * 100_000 + b"\r\n\r\n", None, False),
+        (_OK + b"Content-Length: 99000000\r\n\r\n" + bytes(9_000_000), None, False),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", None, False),
+        (b"SSH-2.0-OpenSSH\r\n", None, False),
+        (b"", None, False),
+    ],
+)
+async def test_a_small_answer_is_read_exactly_or_not_at_all(answer, status, stays):
+    """… and nothing that is left over on a connection answers the next question."""
+    served = []
+
+    async def serve(reader, writer):
+        with contextlib.suppress(OSError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                served.append(writer)
+                writer.write(answer)
+                await writer.drain()
+                if not stays:
+                    writer.write_eof()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    base = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    quick = Quick(base, True, idle_seconds=4)
+    used = SimpleNamespace(reused=False)
+    for number in range(2):
+        if status is None:
+            with pytest.raises(aiohttp.ClientError):
+                await quick.ask("GET", f"{base}/f", {}, None, used)
+        else:
+            got = await quick.ask("GET", f"{base}/f", {}, None, used)
+            assert (got.status, await got.read()) == (status, b"hello")
+            assert "Digest" not in got.headers
+        assert used.reused is (stays and number == 1)
+    assert len(set(served)) == (1 if stays else 2)
+    quick.close()
+    server.close()
+
+
+async def test_a_header_of_ours_holds_no_line_break():
+    quick = Quick("http://127.0.0.1:9", True, idle_seconds=4)
+    for headers, path in (({"X": "a\r\nY: b"}, "/f"), ({"X\n": "a"}, "/f"), ({}, "/f HTTP/1.1\r\nX: y")):
+        with pytest.raises(ValueError, match="line break"):
+            await quick.ask("GET", f"http://127.0.0.1:9{path}", headers, None, SimpleNamespace())
 
 
 async def test_a_large_answer_that_nobody_wants_any_more_leaves_nothing_behind(monkeypatch):
