@@ -18,6 +18,10 @@ The steps, for every pair of storages (`copy_file` through the contract, `copy_l
        question comes before anything is moved to quarantine, and only the very file that was found wrong is moved
     7  make the name durable, and only then return
 
+Where each question is a request to a server, fewer are asked, and no less is proven: a small file's name is looked at
+by publishing only (1), or when something else fails; a source whose bytes must have a strong checksum need not say
+before what it has, nor after that it has it still (3), for another file has another checksum.
+
 What reading back proves on a POSIX target depends on `read_back`:
 
     device  written out, forgotten by the kernel (posix_fadvise), read again: the bytes come from the device, or from

@@ -126,8 +126,11 @@ class Stream:
         except StorageError as error:
             if error.side == "source":
                 raise _LookAgain from None
-            # What lies there already needs no room.
-            adopted = await self._adopted() if unlooked and not isinstance(error, _NO_ANSWER) else None
+            if not unlooked or isinstance(error, _NO_ANSWER):
+                raise
+            adopted = None
+            with suppress(StorageError):
+                adopted = await self._adopted()  # what lies there already needs no room
             if adopted is None:
                 raise
             return adopted

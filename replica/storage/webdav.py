@@ -13,10 +13,10 @@ What is promised, and by whom (measured with Apache 2.4 mod_dav, rclone 1.60 and
     durable     when a PUT was answered, the bytes are as durable as the server makes them. HTTP has no fsync.
     publish     MOVE with `Overwrite: F`. XRootD ignores that header and overwrites; Apache looks first and renames
                 then, and of eight publishers several "win". So a publisher first claims the name, looks whether it is
-                free, and only then moves: see webdav_claims. Of any number of Replica's publishers exactly one wins.
-                Against others, who write to the server without claims, it is the server's own check that protects, and
-                on XRootD only our look just before. rclone and dCache check and rename in one step: for such servers
-                `atomic_move = "yes"` in the settings saves three of four requests.
+                free unless the server was seen to look itself, and only then moves: see webdav_claims. Of any number of
+                Replica's publishers exactly one wins. Against others, who write to the server without claims, it is the
+                server's own check that protects, and on XRootD only our look just before. rclone and dCache check and
+                rename in one step: for such servers `atomic_move = "yes"` in the settings saves the claims.
     etag        the server's; XRootD has none, and its times are whole seconds: there, a file that is rewritten with
                 the same size in the same second is taken for the same.
     checksum    the server's own, by `Want-Digest` or `Want-Repr-Digest`, where it has one. Of a temporary it is asked
@@ -25,6 +25,9 @@ What is promised, and by whom (measured with Apache 2.4 mod_dav, rclone 1.60 and
     space       if the server tells a quota (RFC 4331).
     names       control characters are refused, for rclone and XRootD change or lose them; on XRootD also names of 255
                 bytes, which its listings cut, and on XRootD 5 those with a '?'.
+
+A small file written takes PUT, HEAD for the digest or GET to read it back, MOVE for the claim, PROPFIND where the server
+does not look itself, MOVE; one read takes GET. Large ones are read in ranges of 1 GiB: see http_ranges.
 
 Every `present` is a look at the sentinel: a disk that is not mounted behind the server is Unreachable, never empty.
 """

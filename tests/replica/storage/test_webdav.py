@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import threading
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -16,11 +17,12 @@ from aiohttp import web
 from replica.storage import http_bulk, http_ranges
 from replica.storage.base import part_path
 from replica.storage.conformance import listed, read_all, refusal, write
-from replica.storage.copy import copy_file
+from replica.storage.copy import Expected, copy_file
 from replica.storage.digests import digests
+from replica.storage.hashing import Hasher
 from replica.storage.http_faults import refused, seconds_of
 from replica.storage.http_quick import Quick
-from replica.storage.http_session import Timeouts
+from replica.storage.http_session import Http, Timeouts
 from replica.storage.memory import MemoryStorage, behind, forget
 from replica.storage.multistatus import Multistatus, NotMultistatus
 from replica.storage.webdav import WebdavStorage
@@ -556,6 +558,72 @@ async def test_a_claim_whose_holder_died_is_broken(apache, monkeypatch):
     await context.__aexit__(None, None, None)
     for storage in (dead, alive):
         await storage.close()
+
+
+async def test_a_small_file_takes_few_requests_and_a_server_that_replaces_is_looked_at_before(
+    apache, rclone_server, xrootd, monkeypatch
+):
+    asked = []
+    send = Http._send
+
+    async def counted(self, method, *arguments):
+        asked.append(method)
+        return await send(self, method, *arguments)
+
+    store = MemoryStorage("webdav-few", name="ram")
+    await store.prepare()
+    hasher = Hasher()
+    hasher.update(CONTENT)
+    expected = Expected(len(CONTENT), hasher.checksums())
+    for url, looks, proof in (
+        (apache.url, True, "GET"),
+        (rclone_server.url, True, "GET"),
+        (xrootd.url_http, False, "HEAD"),
+    ):
+        storage = WebdavStorage(f"{url}/few", name="dav")
+        await storage.prepare()
+        for number in range(3):
+            behind("webdav-few").put(f"f{number}", CONTENT)
+            if number == 2:
+                asked.clear()
+                monkeypatch.setattr(Http, "_send", counted)
+            await copy_file(store, f"f{number}", storage, f"g/f{number}", tag="t", expected=expected)
+        assert await storage._claims.server_looks() is looks
+        assert asked == ["PUT", proof, "MOVE", *([] if looks else ["PROPFIND"]), "MOVE"]
+        asked.clear()
+        await copy_file(storage, "g/f2", store, f"back{looks}{proof}{url[-5:]}", tag="t", expected=expected)
+        assert asked == ["GET"]
+        monkeypatch.undo()
+        # What has the name already is found though nobody looked, and needs no source.
+        behind("webdav-few").remove("f2")
+        assert (await copy_file(store, "f2", storage, "g/f2", tag="t", expected=expected)).adopted
+        await storage.close()
+    forget("webdav-few")
+
+
+async def test_who_has_published_is_in_nobodys_way(apache, monkeypatch):
+    monkeypatch.setattr("replica.storage.webdav_claims._PARKED_SECONDS", 0.2)
+    one, two = (WebdavStorage(f"{apache.url}/parked", name="dav") for _ in range(2))
+    await one.prepare()
+    for number in range(3):  # the same name by the same and by another one, again and again
+        for n, storage in enumerate((one, one, two)):
+            await write(storage, part_path(f"t{number}{n}"), b"x")
+            await storage.publish(part_path(f"t{number}{n}"), "f")
+            await refusal(TargetExists, lambda: write_and_publish(two, "f"))
+            await storage.delete("f")
+    await one.close()
+    await two.close()
+    left = [path.name for path in (apache.data / "parked/.replica/publish").iterdir()]
+    assert left == []
+
+
+async def write_and_publish(storage, final):
+    part = part_path(f"w{secrets.token_hex(4)}")
+    await write(storage, part, b"y")
+    try:
+        await storage.publish(part, final)
+    finally:
+        await storage.delete(part)
 
 
 async def test_https_needs_a_trusted_authority_and_passwords_are_sent(apache, xrootd):
