@@ -26,8 +26,8 @@ What is promised, and by whom (measured with Apache 2.4 mod_dav, rclone 1.60 and
     names       control characters are refused, for rclone and XRootD change or lose them; on XRootD also names of 255
                 bytes, which its listings cut, and on XRootD 5 those with a '?'.
 
-A small file written takes PUT, HEAD for the digest or GET to read it back, MOVE for the claim, PROPFIND where the server
-does not look itself, MOVE; one read takes GET. Large ones are read in ranges of 1 GiB: see http_ranges.
+A small file written takes PUT, HEAD for the digest or GET to read it back, MOVE for the claim, PROPFIND where the
+server does not look itself, MOVE; one read takes GET. Large ones are read in ranges of 1 GiB: see http_ranges.
 
 Every `present` is a look at the sentinel: a disk that is not mounted behind the server is Unreachable, never empty.
 """
