@@ -10,11 +10,11 @@ Sketch       A COPY alone costs the two servers about 2 ms of the 2 cores: 500 f
              seven requests a file: 160 to 230 files/s. We have about as many requests beside the COPY as gfal2, each of
              0.3 to 0.5 ms, so what we can win is that nobody waits: several files at once.
 
-Measurement  Each tool in turn, `--repeats` times, into a folder of its own; medians. Starting a tool is not within its
+Measurement  Each tool in turn, `--repeats` times, into a folder of its own; medians, of ratios too. Starting a tool is not within its
              time. gfal2 runs in Debian's Python, one file after the other and with `--threads` threads. Ratios are
              our rate divided by theirs: above 1, we are faster. On a shared machine compare within one run only.
 
-    python tests/benchmarks/bench_thirdparty.py [--files 2000] [--bytes 10240] [--at-once 16] [--repeats 1]
+    python tests/benchmarks/bench_thirdparty.py [--files 2000] [--bytes 10240] [--at-once 32] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from replica.storage.base import Storage
 from replica.storage.copy import Expected, copy_file
 from replica.storage.hashing import Hasher
 from replica.storage.registry import open_storage
+from tests.benchmarks.beside import counting, cpu_seconds, ratio_of
 from tests.debian import need
 from tests.servers_xrootd import XRootD
 
@@ -74,9 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--bytes", type=int, default=10240)
-    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", help="run these tools only, separated by commas")
     given = parser.parse_args()
     need("python3-gfal2", "gfal2-plugin-http")
@@ -135,15 +136,20 @@ def measure(one: XRootD, two: XRootD, given: argparse.Namespace) -> dict[str, ob
     if given.only:
         tools = {name: tools[name] for name in given.only.split(",")}
     seconds: dict[str, list[float]] = {name: [] for name in tools}
+    cpu: dict[str, list[float]] = {name: [] for name in tools}
+    servers = [server.process.pid for server in (one, two) if server.process is not None]
     for repeat in range(given.repeats):
         for name, tool in tools.items():
             folder = f"data/{name}{repeat}"
             (two.data / folder).mkdir(parents=True)
             two._give_away(two.data)
+            before = cpu_seconds(*servers)
             seconds[name].append(tool(folder))
+            cpu[name].append(cpu_seconds(*servers) - before)
             for file, content in contents.items():
                 assert (two.data / folder / file).read_bytes() == content, (name, file)
             two.empty()
+    others = [name for name in tools if name != "replica"]
     rates = {name: given.files / statistics.median(values) for name, values in seconds.items()}
     return {
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
@@ -152,9 +158,21 @@ def measure(one: XRootD, two: XRootD, given: argparse.Namespace) -> dict[str, ob
         "at_once": given.at_once,
         "files_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "replica_divided_by": {
-            name: round(rates["replica"] / rate, 2) for name, rate in rates.items() if name != "replica"
+            name: ratio_of(seconds[name], seconds["replica"]) for name in tools if name != "replica"
         },
+        "cpu_seconds": {name: round(statistics.median(values), 2) for name, values in cpu.items()},
+        "their_cpu_divided_by_ours": {name: ratio_of(cpu[name], cpu["replica"]) for name in others},
+        "requests_a_file_of_ours": asyncio.run(_requests(one, two, known, given.at_once)),
     }
+
+
+async def _requests(one: XRootD, two: XRootD, known: dict[str, Expected], at_once: int) -> dict[str, float]:
+    """To the target, with those that are made once for all files."""
+    (two.data / "data/counted").mkdir(parents=True)
+    two._give_away(two.data)
+    async with counting(two.port) as (base, counts):
+        await _copied(one, f"{base}/data/counted", known, at_once)
+    return {method: round(count / len(known), 2) for method, count in sorted(counts.items())}
 
 
 def _expected(content: bytes) -> Expected:
@@ -164,8 +182,12 @@ def _expected(content: bytes) -> Expected:
 
 
 async def _ours(one: XRootD, two: XRootD, folder: str, known: dict[str, Expected], at_once: int) -> float:
+    return await _copied(one, f"{two.url_http}/{folder}", known, at_once)
+
+
+async def _copied(one: XRootD, to: str, known: dict[str, Expected], at_once: int) -> float:
     source = open_storage(f"{one.url_http}/data", name="ONE")
-    target = open_storage(f"{two.url_http}/{folder}", name="TWO")
+    target = open_storage(to, name="TWO")
     await source.prepare()
     await target.prepare()
 

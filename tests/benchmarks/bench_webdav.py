@@ -24,15 +24,12 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,7 @@ from replica.storage.copy import Expected, copy_file
 from replica.storage.hashing import Hasher
 from replica.storage.posix import PosixStorage
 from replica.storage.webdav import WebdavStorage
+from tests.benchmarks.beside import counting, cpu_seconds, ratio_of
 from tests.servers_dav import Apache, Rclone, _DavServer
 from tests.servers_xrootd import XRootD
 
@@ -180,22 +178,12 @@ class Bench:
         return {
             "seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
             "cpu_seconds": {name: round(statistics.median(values), 2) for name, values in cpu.items()},
-            "ratio": {name: _ratio(seconds[name], seconds["ours"]) for name in theirs},
-            "cpu_ratio": {name: _ratio(cpu[name], cpu["ours"]) for name in theirs},
+            "ratio": {name: ratio_of(seconds[name], seconds["ours"]) for name in theirs},
+            "cpu_ratio": {name: ratio_of(cpu[name], cpu["ours"]) for name in theirs},
         }
 
     def _cpu(self) -> float:
-        """Of this process, of what it has waited for, and of the server with its children."""
-        mine = os.times()
-        ticks = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if self.server.process.pid in (int(stat.parent.name), int(fields[1])):
-                ticks += int(fields[11]) + int(fields[12])
-        return sum(mine[:4]) + ticks / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.server.process.pid)
 
     def _clear(self) -> None:
         for folder in (*self.server.data.glob("b/*"), *(self.scratch / "target").glob("*")):
@@ -203,7 +191,7 @@ class Bench:
                 shutil.rmtree(folder)
 
     async def counted(self, do: Callable[[str], Awaitable[None] | None], *, in_thread: bool) -> dict[str, float]:
-        async with _counting(self.server.port) as (base, counts):
+        async with counting(self.server.port) as (base, counts):
             self.round += 1
             await (asyncio.to_thread(do, base) if in_thread else do(base))  # type: ignore[arg-type,misc]
         self._clear()
@@ -251,10 +239,6 @@ def _only(source: Path) -> list[str]:
     return [] if source.is_dir() else ["--include", f"/{source.name}", "--one-way"]
 
 
-def _ratio(theirs: list[float], ours: list[float]) -> float:
-    return round(statistics.median(t / max(o, 1e-9) for t, o in zip(theirs, ours, strict=True)), 2)
-
-
 def _expected(pieces: list[bytes]) -> Expected:
     hasher = Hasher()
     for piece in pieces:
@@ -270,35 +254,6 @@ async def _all(names: dict[str, Expected], one: Callable[[str, Expected], Awaita
             await one(name, expected)
 
     await asyncio.gather(*(work() for _ in range(AT_ONCE)))
-
-
-@asynccontextmanager
-async def _counting(port: int) -> Any:
-    """A proxy that counts the requests which pass through it, by their methods."""
-    counts: Counter[str] = Counter()
-    request = re.compile(rb"(?:^|\n)([A-Z]{3,9}) /[^ \r\n]* HTTP/1\.1\r\n")
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: bool) -> None:
-        try:
-            while piece := await reader.read(1 << 16):
-                if count:
-                    counts.update(method.decode() for method in request.findall(piece))
-                writer.write(piece)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pipe(reader, there[1], True), pipe(there[0], writer, False))
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", counts
-    finally:
-        server.close()
 
 
 def main() -> None:
