@@ -10,9 +10,10 @@ Sketch       A COPY alone costs the two servers about 2 ms of the 2 cores: 500 f
              seven requests a file: 160 to 230 files/s. We have about as many requests beside the COPY as gfal2, each of
              0.3 to 0.5 ms, so what we can win is that nobody waits: several files at once.
 
-Measurement  Each tool in turn, `--repeats` times, into a folder of its own; medians, of ratios too. Starting a tool is not within its
-             time. gfal2 runs in Debian's Python, one file after the other and with `--threads` threads. Ratios are
-             our rate divided by theirs: above 1, we are faster. On a shared machine compare within one run only.
+Measurement  Each tool in turn, `--repeats` times, into a folder of its own; medians, of ratios too. Starting a tool is
+             not within its time, but within the CPU seconds, which are those of the client and of both servers. gfal2
+             runs in Debian's Python, one file after the other and with `--threads` threads. Ratios are theirs by ours
+             in seconds: above 1, we are faster. On a shared machine compare within one run only.
 
     python tests/benchmarks/bench_thirdparty.py [--files 2000] [--bytes 10240] [--at-once 32] [--repeats 3]
 """
