@@ -40,7 +40,7 @@ PLACES_MAX = 8
 HELPS = {
     "no_space": "free space there, or move data elsewhere",
     "unreachable": "mount its disk; a new folder is made ready by `replica endpoint prepare`",
-    "forbidden": "give the worker's user the right to do this there",
+    "forbidden": "give the worker's user the right to do this there; what is mounted read-only, remount",
     "no_source": "register a good copy, allow its endpoint as a source, or switch reading on there",
     "writing_off": "switch writing on again: `replica endpoint unban`",
     "path_taken": "delete one of the two files, or register one of them under another path",

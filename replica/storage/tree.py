@@ -42,6 +42,7 @@ from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, 
 from rules.errors import Forbidden, Refused, SourceChanged, Unreachable
 
 #: Opening must never block on a FIFO nor give the process a terminal.
+_CLOSED = (errno.EACCES, errno.EPERM)
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
@@ -64,12 +65,16 @@ class Tree:
         try:
             root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno in _CLOSED:
+                raise self._closed(self.path) from error
             reason = os.strerror(error.errno or 0)
             raise self._unreachable(f"its folder {self.path} cannot be opened ({reason})") from error
         try:
             try:
                 sentinel = os.stat(SENTINEL, dir_fd=root, follow_symlinks=False)
             except OSError as error:
+                if error.errno in _CLOSED:
+                    raise self._closed(f"{self.path}/{SENTINEL}") from error
                 reason = f"{self.path} has no file {SENTINEL}; its disk is perhaps not mounted"
                 raise self._unreachable(reason) from error
             if not mode_of.S_ISREG(sentinel.st_mode):
@@ -95,6 +100,13 @@ class Tree:
         return Unreachable(
             f"endpoint {self.label}: {reason}",
             hint="mount the disk; if this really is the endpoint's disk, prepare the endpoint again",
+            endpoint=self.name,
+        )
+
+    def _closed(self, what: str) -> Forbidden:
+        return Forbidden(
+            f"endpoint {self.label}: {what} may not be opened by this account",
+            hint="give the worker's user the right to read and write there, up to the root of the file system",
             endpoint=self.name,
         )
 
