@@ -30,7 +30,7 @@ DOWN = (
 )
 #: Other answers than the server's. Those with `after` let the server do what was asked, and then lie about it.
 ANSWERS = (
-    *("500", "502", "503", "504", "429", "403", "404", "507", "500_after", "503_after", "lost_after", "stale"),
+    *("500", "502", "503", "504", "429", "403", "404", "507", "413", "500_after", "503_after", "lost_after", "stale"),
     *("page", "garbage", "redirect", "wrong_range", "whole_instead", "wrong_digest", "lost_before"),
 )
 RAW = ("up_flip", "up_cut", "up_reset", "up_hang", "up_drip", "down_flip", "down_cut", "down_reset", "down_hang")
@@ -160,7 +160,7 @@ class _Link:
             self.proxy._turn += 1
             method = head.partition(b" ")[0]
             length = _length(head) or 0
-            answer = self.proxy.take(*ANSWERS[:8], "page", "garbage", "redirect", "lost_before", method=method)
+            answer = self.proxy.take(*ANSWERS[:9], "page", "garbage", "redirect", "lost_before", method=method)
             if answer is not None:
                 await self._instead(answer, method)
             self.up_writer.write(head)

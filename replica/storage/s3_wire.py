@@ -117,6 +117,7 @@ _STATUSES: dict[int, tuple[type[StorageError], str]] = {
     403: (Forbidden, f"{_RIGHT}, or {_KEY}: without a body the server does not say which"),
     404: (SourceMissing, ""),
     408: (TimedOut, ""),
+    413: (NoSpace, "the server, or a proxy before it, does not take files of this size"),
     429: (Busy, ""),
     503: (Busy, ""),
     504: (TimedOut, ""),

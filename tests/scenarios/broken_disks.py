@@ -8,7 +8,7 @@ Returns   the whole system in one process, with four real file systems that brea
           not; figures as JSON, and 1 if something was not as it should be.
 Promises  the same for root and for anybody: the process plays in namespaces of its own, without the right of root to
           open what is closed (CAP_DAC_OVERRIDE).
-Partner   tests/scenarios/test_broken_disks.py; tests/replica/storage/test_broken_servers.py says the same of storages
+Partner   tests/scenarios/test_broken_disks.py; tests/workers/test_broken_servers.py says the same of storages
           on other machines.
 
 Each broken disk must be told apart (no_space, forbidden, unreachable, forbidden), its endpoint be left alone with the
