@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import IO
@@ -76,21 +77,28 @@ class Body:
             self._deadline.reschedule(None if seconds is None else now + seconds)
 
 
-async def paced(pieces: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+class Paced:
     """The pieces of an answer, at a pace that ends some day. TimeoutError: in so many seconds of waiting for them came
     less than 64 KiB. Time that is spent with a piece does not count."""
-    now = asyncio.get_running_loop().time
-    in_window, waited = 0, 0.0
-    began = now()
-    async for piece in pieces:
-        in_window += len(piece)
-        waited += now() - began
-        if waited > seconds:
-            if in_window < _DRIP_BYTES:
+
+    def __init__(self, pieces: AsyncIterator[bytes], seconds: float) -> None:
+        self._pieces = aiter(pieces)
+        self._seconds = seconds
+        self._in_window, self._waited = 0, 0.0
+
+    def __aiter__(self) -> Paced:
+        return self
+
+    async def __anext__(self) -> bytes:
+        began = time.monotonic()
+        piece = await anext(self._pieces)
+        self._in_window += len(piece)
+        self._waited += time.monotonic() - began
+        if self._waited > self._seconds:
+            if self._in_window < _DRIP_BYTES:
                 raise TimeoutError
-            in_window, waited = 0, 0.0
-        yield piece
-        began = now()
+            self._in_window, self._waited = 0, 0.0
+        return piece
 
 
 async def joined(chunks: AsyncIterator[Piece], size_bytes: int) -> AsyncIterator[bytes]:

@@ -30,7 +30,7 @@ from xml.etree import ElementTree
 from replica.storage.base import Piece
 from replica.storage.credentials import Settings, seconds_in, secret
 from replica.storage.faults import from_os_error, place
-from replica.storage.http_body import paced
+from replica.storage.http_body import Paced
 from rules.errors import (
     Busy,
     Forbidden,
@@ -200,7 +200,7 @@ class Wire:
             if response.status >= 300 and response.status not in returned:
                 content = await self._document(response, path, self._quiet or _QUIET_SECONDS)
                 raise self.refusal(Answer(response.status, response.headers, content, _code(content)), path)
-            yield answer, paced(response.content.iter_chunked(_PIECE_BYTES), self._quiet or _QUIET_SECONDS)
+            yield answer, Paced(response.content.iter_chunked(_PIECE_BYTES), self._quiet or _QUIET_SECONDS)
 
     def patience(self, size_bytes: int | None = None) -> float:
         """How long the server may be silent while it copies so much, or while it puts parts together."""
@@ -318,7 +318,7 @@ class Wire:
 
     async def _document(self, response: aiohttp.ClientResponse, path: str, quiet: float) -> bytes:
         content = bytearray()
-        async for piece in paced(response.content.iter_chunked(_PIECE_BYTES), quiet):
+        async for piece in Paced(response.content.iter_chunked(_PIECE_BYTES), quiet):
             content += piece
             if len(content) > _DOCUMENT_BYTES_MAX:
                 raise Transient(

@@ -63,7 +63,7 @@ from replica.storage.base import (
 from replica.storage.credentials import Settings
 from replica.storage.digests import WANTED, digests
 from replica.storage.faults import place
-from replica.storage.http_body import SMALL_BYTES, Body, paced, pieces_of, spooled, whole
+from replica.storage.http_body import SMALL_BYTES, Body, Paced, pieces_of, spooled, whole
 from replica.storage.http_bulk import bulk
 from replica.storage.http_quick import SMALL_BYTES as SMALL_ANSWER_BYTES
 from replica.storage.http_ranges import Changed, Spans, Wrong
@@ -256,7 +256,7 @@ class WebdavStorage:
             await self.http.check(response, path, 207)
             document = Multistatus()
             try:
-                async for piece in paced(response.content.iter_any(), self.http.timeouts.between):
+                async for piece in Paced(response.content.iter_any(), self.http.timeouts.between):
                     for found in document.feed(piece):
                         yield found
                 document.close()

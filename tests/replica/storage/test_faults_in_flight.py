@@ -11,7 +11,7 @@ from replica.storage.adoption import adopt
 from replica.storage.base import Stat, part_path
 from replica.storage.credentials import Credentials
 from replica.storage.hashing import Hasher
-from replica.storage.http_body import Body, paced
+from replica.storage.http_body import Body, Paced
 from replica.storage.http_session import Http, Timeouts
 from replica.storage.judging import Expected
 from replica.storage.memory import MemoryStorage
@@ -91,14 +91,14 @@ async def test_an_answer_that_drips_is_given_up_and_one_that_waits_for_its_reade
             yield b"x"
 
     with pytest.raises(TimeoutError):
-        async for _ in paced(dripping(), 0.05):
+        async for _ in Paced(dripping(), 0.05):
             pass
 
     async def at_once():
         for _ in range(5):
             yield b"x"
 
-    async for _ in paced(at_once(), 0.02):
+    async for _ in Paced(at_once(), 0.02):
         await asyncio.sleep(0.01)
 
 
