@@ -102,7 +102,7 @@ async def heartbeat(context: Context, body: wire.ScanBeat) -> wire.HeartbeatAnsw
 @routes.post("/orders/scans/known", "orders.work")
 async def site_known(context: Context, body: wire.ScanPart) -> wire.KnownPart:
     """What the catalogue knows at the endpoint that is scanned, in parts."""
-    return await context.write(at_site, context.site, scanning.known, body)
+    return await context.read(scanning.known_at, context.site, body)
 
 
 @routes.post("/orders/scans/found", "orders.work", bulk=True)

@@ -145,15 +145,20 @@ def _current(s: Session, site_id: int | None, scan_id: int, epoch: int, *, over:
 
     `site_id` None: a person, who carries it out himself.
     """
-    row = scans.hold(s, scan_id)
-    mine = row.listed_by == PERSON if site_id is None else row.site_id == site_id
-    if not mine:
-        raise NotFound(f"there is no scan {scan_id} of yours", hint="it is carried out by somebody else")
-    if row.epoch != epoch or (row.state not in SCAN_LEASED and not over):
-        raise Conflict(f"the scan {scan_id} is not yours any more", hint="leave it alone")
+    row = _checked(scans.hold(s, scan_id), site_id, scan_id, epoch, over=over)
     if site_id is None and row.state is ScanState.LISTING:
         later = s.now + timedelta(seconds=PERSON_SECONDS)
         s.execute(table.update().where(table.c.id == scan_id).values(lease_until=later))
+    return row
+
+
+def _checked(
+    row: sa.Row[Any] | None, site_id: int | None, scan_id: int, epoch: int, *, over: bool = False
+) -> sa.Row[Any]:
+    if row is None or not (row.listed_by == PERSON if site_id is None else row.site_id == site_id):
+        raise NotFound(f"there is no scan {scan_id} of yours", hint="it is carried out by somebody else")
+    if row.epoch != epoch or (row.state not in SCAN_LEASED and not over):
+        raise Conflict(f"the scan {scan_id} is not yours any more", hint="leave it alone")
     return row
 
 
@@ -161,8 +166,17 @@ def _current(s: Session, site_id: int | None, scan_id: int, epoch: int, *, over:
 
 
 def known(s: Session, site_id: int | None, part: wire.ScanPart) -> wire.KnownPart:
-    """The next files that the catalogue knows at the endpoint, in whatever state, by their numbers."""
-    row = _current(s, site_id, part.scan, part.epoch)
+    """The next files that the catalogue knows at the endpoint, in whatever state, by their numbers: for a person."""
+    return _known(s, _current(s, site_id, part.scan, part.epoch), part)
+
+
+def known_at(s: Session, site: str, part: wire.ScanPart) -> wire.KnownPart:
+    """The same for a worker of the site; only read, so that nobody has to wait."""
+    row = s.execute(sa.select(table).where(table.c.id == part.scan)).one_or_none()
+    return _known(s, _checked(row, sites.site_id(s, site), part.scan, part.epoch), part)
+
+
+def _known(s: Session, row: sa.Row[Any], part: wire.ScanPart) -> wire.KnownPart:
     did = tables.dids
     query = (
         sa.select(

@@ -296,13 +296,13 @@ async def test_a_killed_worker_is_replaced_and_its_work_gone_on_with(
     clock.turn(seconds=1)
     monkeypatch.setattr(scanning, "PART_FILES", 50)
     asked: list[int] = []
-    known = scanning.known
+    known = scanning.known_at
 
-    def counted(s: Any, site_id: int | None, part: wire.ScanPart) -> wire.KnownPart:
+    def counted(s: Any, site: str, part: wire.ScanPart) -> wire.KnownPart:
         asked.append(part.after)
-        return known(s, site_id, part)
+        return known(s, site, part)
 
-    monkeypatch.setattr("replica.api.scans.scanning.known", counted)
+    monkeypatch.setattr("replica.api.scans.scanning.known_at", counted)
     walked = PosixStorage.list
     reached = asyncio.Event()
 
@@ -437,8 +437,8 @@ async def test_many_files_take_few_statements(
 ):
     place.files(600)
     clock.turn(seconds=1)
-    place.write(*(f"dark{i}" for i in range(100)))
+    place.write(*(f"dark{i}" for i in range(20)))
     with count_statements(place.db) as statements:
         scan = await place.scan()
-    assert (scan.state, scan.dark_files, scan.known_files) == ("done", 100, 600)
+    assert (scan.state, scan.dark_files, scan.known_files) == ("done", 20, 600)
     assert statements.count < 130
