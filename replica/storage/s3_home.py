@@ -10,32 +10,22 @@ Partner   replica.storage.s3 asks before each verb; replica.storage.sentinel kno
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import time
-from weakref import WeakKeyDictionary
 
 from replica.storage.base import SENTINEL
 from replica.storage.s3_wire import Wire
 from replica.storage.sentinel import is_anothers, owner_in
-from rules.errors import SourceMissing, StorageError, Unreachable
+from replica.storage.together import Together
+from rules.errors import SourceMissing, Unreachable
 
 #: A bucket is no disk that somebody unmounts; what changes it is an administrator's act.
 SEEN_SECONDS = 1.0
 
 
-class _Looks:
-    """Those of one event loop."""
-
-    def __init__(self) -> None:
-        self.running: asyncio.Task[StorageError | None] | None = None
-        self.next: asyncio.Task[StorageError | None] | None = None
-
-
 class Home:
     def __init__(self, wire: Wire, base: str, *, name: str, url: str) -> None:
         self._wire, self._base, self._name, self._url = wire, base, name, url
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Looks] = WeakKeyDictionary()
+        self._together = Together()
         #: When the last look began that found our sentinel.
         self._seen = float("-inf")
 
@@ -53,33 +43,21 @@ class Home:
 
     async def now(self) -> None:
         """It is there and ours, or Unreachable: an emptied or a wrong bucket looks like one without our file."""
-        looks = self._loops.setdefault(asyncio.get_running_loop(), _Looks())
-        if looks.next is None:
-            looks.next = asyncio.create_task(self._look(looks))
-        error = await asyncio.shield(looks.next)
-        if error is not None:
-            raise copy.copy(error)  # several callers raise it, and each blames another side
+        await self._together.do(SENTINEL, self._look)
 
-    async def _look(self, looks: _Looks) -> StorageError | None:
-        if looks.running is not None:
-            await asyncio.wait([looks.running])
-        looks.running, looks.next = looks.next, None
+    async def _look(self) -> None:
         began = time.monotonic()
-        try:
-            known = await self.sentinel()
-        except StorageError as error:
-            return error
+        known = await self.sentinel()
         if known is None:
-            return self._unreachable(
+            raise self._unreachable(
                 f"{SENTINEL} is not in the bucket",
                 "check that the URL names the right bucket and prefix; a new endpoint is prepared first",
             )
         if is_anothers(owner := owner_in(known), self._name):
-            return self._unreachable(
+            raise self._unreachable(
                 f"the prefix belongs to the endpoint {owner}", "correct the URL of one of the two endpoints"
             )
         self._seen = began
-        return None
 
     def _unreachable(self, reason: str, hint: str) -> Unreachable:
         return Unreachable(f"endpoint {self._name or self._url}: {reason}", hint=hint, endpoint=self._name)

@@ -69,6 +69,7 @@ from replica.storage.refusals import no_room
 from replica.storage.sentinel import SENTINEL_BYTES_MAX, is_anothers, owner_in, refuse_anothers, sentinel_of
 from replica.storage.sftp_faults import Unexplained
 from replica.storage.ssh import Connections, Handle, Session
+from replica.storage.together import Together
 from rules.errors import (
     Forbidden,
     NoSpace,
@@ -118,6 +119,9 @@ class SftpStorage:
         self._connections = Connections(host, port, settings or {}, endpoint=name, url=self.url)
         #: The sentinel that was read last: it says that this is our disk.
         self._seen: tuple[int, int] | None = None
+        #: Temporaries written here that have no other name yet.
+        self._wrote: set[str] = set()
+        self._together = Together()
 
     # ── the root ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -368,6 +372,8 @@ class SftpStorage:
 
     async def checksum(self, path: str, algorithm: str) -> str | None:
         check_readable(path)
+        if path in self._wrote:
+            return None  # it is there: nobody need be asked
         with suppress(Unreachable):  # one request where all is well; `stat` knows what is wrong where it is not
             async with self._connections.session() as session:
                 found = await self._lstat(session, path) if session.root is not None else None
@@ -400,6 +406,9 @@ class SftpStorage:
             async with self._new(session, temporary) as handle, self._explained(session, temporary):
                 await _write_ahead(handle, chunks, session.block_bytes)
                 await _written(handle.sync())
+        if len(self._wrote) >= _FOLDERS_REMEMBERED:
+            self._wrote.clear()
+        self._wrote.add(temporary)
 
     async def _fit(self, session: Session, temporary: str, size_bytes: int | None) -> None:
         space = await self._space(session) if size_bytes is not None else None
@@ -458,9 +467,10 @@ class SftpStorage:
                 await self._make_folders(session, folder, final)
                 await self._link(session, temporary, final)
             # It has its name. What happens to the other one changes nothing: it is collected when it is old.
+            self._wrote.discard(temporary)
             with suppress(StorageError):
                 await session.remove(self._real(session, temporary), temporary)
-            await self._sync(session, folder)
+            await self._together.do(folder, lambda: self._sync(session, folder))
 
     async def _link(self, session: Session, temporary: str, final: str) -> None:
         try:
@@ -497,6 +507,7 @@ class SftpStorage:
 
     async def delete(self, path: str) -> None:
         check_readable(path)
+        self._wrote.discard(path)
         async with self._at(path) as (session, found):
             if found is None:
                 return
@@ -505,7 +516,7 @@ class SftpStorage:
                 await session.remove(self._real(session, path), path)
             folder = path.rpartition("/")[0]
             if folder != PARTS:
-                await self._sync(session, folder)
+                await self._together.do(folder, lambda: self._sync(session, folder))
 
     async def quarantine(self, path: str) -> str:
         check_path(path)
