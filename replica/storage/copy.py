@@ -37,6 +37,9 @@ What reading back proves on a POSIX target depends on `read_back`:
 Two HTTP storages are asked to copy between themselves first (replica.storage.thirdparty): steps 2 to 4 are theirs then,
 the others stay ours, and where it does not work we go through all of them.
 
+An S3 server that compares a digest in the act that gives the name needs no temporary (replica.storage.s3_direct): there
+steps 2 and 4 to 7 are one request, made after steps 3 and 6, and nothing has the name before the digest was compared.
+
 Large files are read back and written out in windows, one thread writing while another proves. Where an interrupted
 copy shall be gone on with, or several sources are used at once, replica.storage.chunked takes the same steps.
 

@@ -5,14 +5,20 @@ Given     a bucket that is there, a prefix in it that is this endpoint's alone, 
 Returns   the storage contract.
 Promises  those of the contract, and in particular:
 
+          send        where the server was seen to keep conditions and to compare digests, a file gets its name by the
+                      one request that proves it: a conditional PUT below 16 MiB, a conditional completion of parts
+                      above (replica.storage.s3_direct). Elsewhere it goes by `write` and `publish`.
           publish     is a copy by the server, then a removal of the temporary: S3 has no rename. It never replaces.
                       Three ways, the best that this server was seen to honour; replica.storage.s3_publish says
                       exactly what each promises, replica.storage.s3_abilities how it is found out.
-          checksum    of a temporary: the CRC32C that the server compared with the bytes as they came in, where it was
-                      seen to refuse a wrong one. Of a published file nothing: what S3 keeps there is a record of that
-                      day, not of the bytes as they lie now. An ETag is never taken for a checksum.
-          write       one PUT up to 16 MiB, else parts, four at once, each sent again by itself. Nothing is visible
+          checksum    of a temporary: the CRC32C, or else MD5, that the server compared with the bytes as they came in,
+                      where it was seen to refuse a wrong one and to keep nothing of it. Of a published file nothing:
+                      what S3 keeps there is a record of that day, not of the bytes as they lie now. An ETag is never
+                      taken for a checksum, nor is a header in which the server repeats what it was told.
+          write       one PUT below 16 MiB, else parts, four at once, each sent again by itself. Nothing is visible
                       before all is there; the unfinished upload of a failed write is aborted.
+          ours        nothing is removed, moved away, listed or called missing before the sentinel was looked at and
+                      names this endpoint or none; reading and writing believe a look of the last second (s3_home).
           names       keys of at most 1024 bytes with prefix and room for the quarantine's, without control characters
                       (S3 advises against them, and servers lose them): others are Invalid before anything is sent.
           versions    a bucket may keep versions: a delete marker is "nothing there", what is deleted can be had back
@@ -20,7 +26,7 @@ Promises  those of the contract, and in particular:
           clocks      ages are told by the server's clock.
           quarantine  a copy by the server, looked at, then a removal on the condition that the ETag is still that of
                       the copied object. Servers that ignore this condition leave a window of one request.
-Partner   replica.storage.s3_wire (requests), s3_multipart (parts), s3_publish (names), s3_url (URLs).
+Partner   replica.storage.s3_wire (requests), s3_multipart (parts), s3_direct and s3_publish (names), s3_url (URLs).
 
 Settings in the credentials file: access_key_id, secret_access_key or secret_access_key_file, session_token or
 session_token_file, region ("us-east-1"), endpoint (for s3://), addressing ("path"; "virtual" for Amazon), insecure.
