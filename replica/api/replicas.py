@@ -53,5 +53,10 @@ async def _metalink(context: Context, did: Did) -> web.Response:
         cursor = page.next
         if cursor is None:
             break
-    known = {name: await context.read(endpoints.get, name) for name in {replica.endpoint for replica in found}}
+    known: dict[str, wire.Endpoint] = {}
+    while True:
+        some = await context.read(endpoints.list_page, None, cursor, LIMIT_MAX)
+        known |= {endpoint.name: endpoint for endpoint in some.items}
+        if (cursor := some.next) is None:
+            break
     return web.Response(text="".join(metalink(found, known)), content_type=MEDIA_TYPE, charset="utf-8")

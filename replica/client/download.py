@@ -145,7 +145,8 @@ async def _download(
 
     fetch = _Fetch(sources, place)
     try:
-        await asyncio.gather(sources.look(), in_thread(_look, wanted, place.folder))
+        holding = {replica.endpoint for want in wanted for replica in want.replicas}
+        await asyncio.gather(sources.look(holding), in_thread(_look, wanted, place.folder))
         async with aclosing(in_parallel(fetch.jobs(wanted, threads), threads=threads, tick=say)) as all_ended:
             async for ended in all_ended:
                 want, copied = ended.key, ended.result

@@ -12,7 +12,7 @@ Partner   replica.client.places opens them; replica.client.download reads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import msgspec
 
@@ -47,10 +47,10 @@ class Sources:
     def bad(self) -> list[BadReplica]:
         return list(self._bad.values())
 
-    async def look(self) -> None:
-        """Find out which folders are here: what a path really is may take its time, and is asked once."""
+    async def look(self, names: Set[str]) -> None:
+        """Find out which of their folders are here: what a path really is may take its time, and is asked once."""
         for endpoint in self._endpoints.values():
-            if is_folder(endpoint):
+            if endpoint.name in names and is_folder(endpoint):
                 await asyncio.to_thread(self._places.reason, endpoint)
 
     def of(self, replicas: Sequence[wire.Replica]) -> tuple[list[wire.Replica], list[str]]:

@@ -64,6 +64,7 @@ from rules.errors import (
     SourceMissing,
     StorageError,
     TargetExists,
+    TimedOut,
     Transient,
     Unreachable,
 )
@@ -81,8 +82,9 @@ LIST_FILES = 16
 LIST_BYTES_MAX = 4 << 20
 #: After a failure of a server's that may pass.
 _PAUSES = (0.2, 1.0)
-#: So often a server may refuse a file as forbidden, before anything has arrived, until the rest is not tried.
+#: So many files in a row may fail at a server until the rest is not tried: as forbidden, or for any reason of its own.
 _FORBIDDEN_TIMES = 3
+_FAILED_TIMES = 16
 #: So many files are looked for at each endpoint to see whether an earlier upload was on its way there.
 _LOOK_AT = 100
 
@@ -192,7 +194,8 @@ class _Run:
         #: In the name of every temporary: nobody else's, and recognisable as an upload's.
         tag = f"upload-{secrets.token_hex(8)}"
         self._tags = (f"{tag}-{number}" for number in count(1))
-        self._forbidden = 0
+        #: Failures of a server's since something arrived there.
+        self._in_a_row = 0
         self.result = Uploaded(endpoint=place.name, dataset=str(parent) if parent else None, failed=[])
 
     async def go(self, batch: Sequence[Source]) -> bool:
@@ -212,10 +215,11 @@ class _Run:
                 self._bytes_done += ended.key.size_bytes
                 if ended.result is not None:
                     arrived.append((ended.key, ended.result))
+                    self._in_a_row = 0
                     continue
                 assert ended.error is not None
                 self._fail(ended.key, await in_thread(self._seen_rightly, ended.key, ended.error))
-                if self._is_the_endpoints(ended.error, bool(arrived)):
+                if self._is_the_endpoints(ended.error):
                     broken = ended.error
         self._say(0)
         await self._register(arrived)
@@ -258,7 +262,7 @@ class _Run:
                 return await self._copy(source, control)
             except Transient as error:
                 wait = pause is not None and not isinstance(self._storage, PosixStorage) and error.side == "target"
-                if pause is None or not wait or isinstance(error, NoSpace | Unreachable):
+                if pause is None or not wait or isinstance(error, TimedOut | Unreachable):
                     raise
                 control.bytes_done = 0
                 await asyncio.sleep(pause)
@@ -293,14 +297,16 @@ class _Run:
     def _path(self, source: Source) -> str:
         return path_for(source.did, self._place.layout)
 
-    def _is_the_endpoints(self, error: ReplicaError, any_arrived: bool) -> bool:
+    def _is_the_endpoints(self, error: ReplicaError) -> bool:
         """Whether the next file would fail alike. A server may forbid a single name; a disk has no such reasons."""
-        if not isinstance(error, StorageError) or error.side != "target":
+        if not isinstance(error, StorageError) or error.side != "target" or isinstance(error, TargetExists):
             return False
-        if isinstance(error, Forbidden) and not isinstance(self._storage, PosixStorage):
-            self._forbidden += 1
-            return self._forbidden >= _FORBIDDEN_TIMES and not any_arrived and not self.result.files
-        return isinstance(error, NoSpace | Unreachable | Forbidden)
+        if isinstance(error, NoSpace | Unreachable):
+            return True
+        if isinstance(self._storage, PosixStorage):
+            return isinstance(error, Forbidden)
+        self._in_a_row += 1
+        return self._in_a_row >= (_FORBIDDEN_TIMES if isinstance(error, Forbidden) else _FAILED_TIMES)
 
     async def _register(self, arrived: list[tuple[Source, Copied]]) -> None:
         """Register what arrived. Files that the catalogue names as refused are taken back; the rest is sent again."""

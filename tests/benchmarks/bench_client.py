@@ -43,9 +43,7 @@ def timed(command: list[object], environ: dict[str, str]) -> tuple[float, float]
     mine = {key: value for key, value in os.environ.items() if key != "AWS_CA_BUNDLE"}  # rclone fails on it
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
-    done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=mine | environ, capture_output=True, text=True
-    )
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=mine | environ, capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(f"{command[:6]}: {done.returncode}\n{done.stderr[-2000:]}")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -349,6 +350,27 @@ def test_a_download_that_was_killed_goes_on_within_the_file(far: Far, kind: str)
     assert done.returncode == 0, error
     assert json.loads(out)["moved_bytes"] <= 5 * 8 * MIB
     assert files_in(back) == content  # and nothing else: no unfinished file, no lock
+
+
+def test_the_command_ends_at_ctrl_c_and_goes_on_the_next_time(far: Far):
+    far.add("apache", "FAR")
+    content = {"big": b"".join(bytes([n]) * (8 * MIB) for n in range(10))}
+    far.up(far.world.write(content), "FAR", dataset="raw")
+    back = far.world.directory / "back"
+    command = far.process("p1:raw", REPLICA_FAULT_POINTS="chunk=slow")
+    end = time.monotonic() + 60
+    while time.monotonic() < end and command.poll() is None:
+        maps = list(back.glob(".replica/part/*.map"))
+        if maps and maps[0].read_bytes().count(b"\n") >= 3:  # the head, and two chunks
+            command.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    _, error = command.communicate(timeout=60)
+    assert (command.returncode, "interrupted" in error, "Traceback" in error) == (130, True, False), error
+    assert len(parts(back)) == 2
+    done = far.down("p1:raw")
+    assert done.moved_bytes <= 8 * 8 * MIB
+    assert files_in(back) == content
 
 
 def test_ctrl_c_leaves_what_can_be_gone_on_with_and_nothing_else(far: Far, small_chunks: None):
