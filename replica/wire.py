@@ -974,6 +974,8 @@ class Orders(Answer):
     lease_seconds: float
     #: More is waiting: claim again as soon as there is room.
     more: bool
+    #: Something waits for what is in flight to end: ask again after the next report.
+    full: bool = False
 
 
 class Beat(Document):

@@ -99,6 +99,8 @@ class Mover:
         self._log = get_logger(worker=self.worker, **({"site": label} if label else {}))
         self._client: AsyncClient | None = None
         self._lease_seconds = 120.0
+        #: At the last claim something waited for what is in flight to end.
+        self._full = False
         self._held: dict[tuple[int, int], Held] = {}
         self._waiting: deque[Held] = deque()
         self._waiting_bytes = 0
@@ -271,6 +273,7 @@ class Mover:
         )
         orders = await asyncio.wait_for(self._speak().orders.claim(claim), REQUEST_SECONDS)
         self._lease_seconds = orders.lease_seconds
+        self._full = orders.full
         for order in orders.orders:
             # Counted from before the question, so that the server can only think of it as longer.
             held = Held(order, asked_at + LEASE_TRUSTED * orders.lease_seconds)
@@ -408,7 +411,7 @@ class Mover:
             else:
                 if failures:
                     self._works_again("report")
-                if not self._waiting:  # what ended made room, of which no hint need tell
+                if self._full:  # what ended made room, of which no hint need tell
                     self._woken.set()
                 if answer.stale:
                     self._log.info("report.stale", transfers=answer.stale[:20], count=len(answer.stale))

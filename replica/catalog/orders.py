@@ -114,7 +114,7 @@ def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) 
     lanes.by_lanes(s)
     lanes.let_in(s, site_id)
     orders: list[wire.Order] = []
-    more = False
+    more = full = False
     if waiting := lanes.keys(s, site_id):
         held_off = _hold_off(s, site_id)
         room = limits.room(s) if held_off.limited else Room()
@@ -122,13 +122,16 @@ def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) 
         place = {row.id: row for row in endpoints_.rows(s)}
         turns = activities.shares(s, site_id, {key.activity for key in waiting})
         open_ = [(key, most) for key in waiting if (most := _most(key, place, room, breakers)) != 0]
+        full = len(open_) < len(waiting)
         if open_:
             read = lanes.heads(s, site_id, _windows(open_, turns, claim.limit + 1))
             world = _look(s, _likely(read, turns, room, claim), place, room, breakers)
-            orders, more = _hand_out(s, claim, Heads(read, turns), world, lease_seconds)
+            orders, more, held_up = _hand_out(s, claim, Heads(read, turns), world, lease_seconds)
+            full = full or held_up
             activities.keep(s, site_id, turns)
+        full = full and held_off.limited
     sites.seen(s, site_id)
-    return wire.Orders(orders=orders, lease_seconds=lease_seconds, more=more)
+    return wire.Orders(orders=orders, lease_seconds=lease_seconds, more=more, full=full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +214,13 @@ def _likely(read: Sequence[Lane], turns: Shares, room: Room, claim: wire.Claim) 
 
 def _hand_out(
     s: Session, claim: wire.Claim, heads: Heads, world: _World, lease_seconds: float
-) -> tuple[list[wire.Order], bool]:
-    """What goes, and whether more is waiting that could go."""
+) -> tuple[list[wire.Order], bool, bool]:
+    """What goes, whether more is waiting that could go, and whether something has no room."""
     given: list[tuple[wire.Order, int | None]] = []
     impossible: list[tuple[int, str, str]] = []
     waits: list[tuple[int, str]] = []
     left = claim.limit_bytes
-    more = False
+    more = full = False
     while (lane := heads.next()) is not None:
         assert lane.head is not None
         row = lane.head[3]
@@ -225,6 +228,7 @@ def _hand_out(
             more = True
             break
         if _shut(lane, row, world):
+            full = True
             heads.held_up()
             continue
         if row.id not in world.looked_at:  # others do not go that should have: the next claim looks at this one
@@ -236,6 +240,7 @@ def _hand_out(
             heads.passed()
             continue
         if isinstance(decided, _Waits):
+            full = True
             if decided.key == lane.waits_for:
                 heads.held_up()
             else:
@@ -251,7 +256,7 @@ def _hand_out(
     _put_back(s, impossible)
     _send_to_lanes(s, waits)
     breakers_.probe(s, world.probes)
-    return [order for order, _ in given], more or heads.stopped or bool(waits)
+    return [order for order, _ in given], more or heads.stopped or bool(waits), full
 
 
 def _shut(lane: Lane, row: sa.Row[Any], world: _World) -> bool:

@@ -85,7 +85,7 @@ def test_what_is_full_is_passed_over_and_holds_up_nothing_behind_it(world: World
     for _ in range(4):  # what has no room is sent to a lane of its own on the way
         orders += world.claim("HZDR", 3).orders
     assert Counter(o.sources[0].endpoint for o in orders) == {"DESY-DISK": 1, "GSI-DISK": 4}
-    assert world.claim("HZDR", 3) == wire.Orders(orders=[], lease_seconds=LEASE, more=False)
+    assert world.claim("HZDR", 3) == wire.Orders(orders=[], lease_seconds=LEASE, more=False, full=True)
     limit(world, "read", "DESY-DISK", files_max=100)
     assert len(world.claim("HZDR").orders) == 6
     assert {t.reason for t in world.transfers()} == {None}
