@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rules.limits import Key, Limit, Load, Room
+from rules.limits import PARTS, SMALL_BYTES, Key, Limit, Load, Room, parts_of
 
 A: Key = ("read", "1")
 B: Key = ("write", "2")
@@ -40,3 +40,19 @@ def test_what_is_in_flight_already_counts_and_a_large_file_waits_until_it_is_alo
     assert Room({A: Limit(bytes=100)}).first_to_refuse([A], 500) is None
     assert Room({A: Limit(bytes=0)}).first_to_refuse([A], 500) == A
     assert Room().files_left(A) is None
+
+
+def test_a_file_takes_a_slot_and_small_ones_share_one() -> None:
+    assert [parts_of(size) for size in (0, 1, SMALL_BYTES // 2, SMALL_BYTES - 1, SMALL_BYTES, 10**15)] == [
+        *[1, 1, PARTS // 2, PARTS - 1, PARTS, PARTS]
+    ]
+    room = Room({A: Limit(slots=2), B: Limit(files=200, slots=2)}, {A: Load(1, 10**9, PARTS)})
+    assert room.files_left(A) == PARTS
+    assert room.files_left(B) == 200
+    room.take([A], SMALL_BYTES // 2)
+    assert room.first_to_refuse([A], SMALL_BYTES) == A, "half a slot is left"
+    assert room.first_to_refuse([A], SMALL_BYTES // 2) is None
+    room.take([A], SMALL_BYTES // 2)
+    assert room.files_left(A) == 0
+    assert not room.has_fixed_limit(A)
+    assert room.has_fixed_limit(B)
