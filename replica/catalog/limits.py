@@ -41,7 +41,9 @@ ADAPT = ("read", "write", "link")
 def room(s: Session) -> Room:
     """What all limits leave at this moment. Whoever claims by it holds off the others."""
     found = known(s)
-    return Room(found, in_flight(s)) if found else Room()
+    if not found:
+        return Room()
+    return Room(found, in_flight(s, of_people=any(kind in ("activity", "account") for kind, _ in found)))
 
 
 def known(s: Session) -> dict[Key, Limit]:
@@ -57,21 +59,24 @@ def known(s: Session) -> dict[Key, Limit]:
     return found
 
 
-def in_flight(s: Session) -> dict[Key, Load]:
+def in_flight(s: Session, *, of_people: bool = True) -> dict[Key, Load]:
+    """`of_people`: also of activities and accounts, for which rules are looked up."""
     t = transfers
+    whose = (t.c.activity, rules.c.account_id) if of_people else (sa.literal("").label("activity"), sa.null())
+    by = (t.c.target_id, t.c.reads_id, *(whose if of_people else ()))
     query = (
         sa.select(
             t.c.target_id,
             t.c.reads_id,
-            t.c.activity,
-            rules.c.account_id,
+            whose[0],
+            whose[1].label("account_id"),
             sa.func.count().label("files"),
             sa.func.sum(t.c.size_bytes).label("bytes"),
             sa.func.sum(parts_sql()).label("parts"),
         )
-        .select_from(t.outerjoin(rules, rules.c.id == t.c.rule_id))
+        .select_from(t.outerjoin(rules, rules.c.id == t.c.rule_id) if of_people else t)
         .where(any_of(t.c.state, TRANSFER_LEASED))
-        .group_by(t.c.target_id, t.c.reads_id, t.c.activity, rules.c.account_id)
+        .group_by(*by)
     )
     loads: dict[Key, Load] = {}
     for row in s.execute(query):
