@@ -934,6 +934,8 @@ class Transfer(Answer):
     created_at: datetime
     not_before: datetime | None = None
     finished_at: datetime | None = None
+    #: Of what is done, where one transfer was asked for: what sources had to give. A repair moves damaged chunks only.
+    moved_bytes: int | None = None
 
 
 class Claim(Document):

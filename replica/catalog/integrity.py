@@ -156,7 +156,7 @@ def declare_bad(
             touched.update(provision.count_available(s, rows_of(s, "no_longer", PAIR, counted), -1))
     batch = rows_of(s, "all_bad", PAIR, concerned)
     last = sa.select(replicas.c.file_id, replicas.c.endpoint_id).select_from(batch).join(replicas, of_pair(batch))
-    declared.last = sorted((f, e) for f, e in s.execute(last.where(sa.not_(is_good_elsewhere()))))
+    declared.last = sorted((f, e) for f, e in s.execute(last.where(sa.not_(is_good_elsewhere(doubted_too=True)))))
     hopeless = set(declared.last)
     if healing := [pair for pair in concerned if pair not in hopeless]:
         touched.update(_heal(s, healing))
@@ -219,7 +219,7 @@ def last_copies(s: Session, rule_id: int, pairs: sa.FromClause) -> list[reasons.
 
 def is_hopeless() -> sa.ColumnElement[bool]:
     """Of a row of `replicas`: bad, and no good copy is known."""
-    return sa.and_(replicas.c.state == literal(ReplicaState.BAD), sa.not_(is_good_elsewhere()))
+    return sa.and_(replicas.c.state == literal(ReplicaState.BAD), sa.not_(is_good_elsewhere(doubted_too=True)))
 
 
 def forget_what_is_over(s: Session, site_id: int) -> None:

@@ -48,6 +48,7 @@ from replica.db.tables import (
     locks,
     replicas,
     rules,
+    suspects,
     transfers,
 )
 from rules.deletion import AT_ONCE, BY_HAND, EXPLICIT, LEFTOVER_SECONDS, Why
@@ -186,8 +187,12 @@ def is_being_read() -> sa.ColumnElement[bool]:
     return Unguessed(sa.exists(found))
 
 
-def _good(name: str) -> tuple[sa.FromClause, sa.ColumnElement[bool]]:
+def _good(name: str, *, doubted_too: bool = False) -> tuple[sa.FromClause, sa.ColumnElement[bool]]:
     other = alias_of(replicas, name)
+    doubts = alias_of(suspects, f"{name}_doubted")
+    doubted = sa.select(1).where(
+        doubts.c.file_id == other.c.file_id, Unguessed(doubts.c.endpoint_id == other.c.endpoint_id)
+    )
     readable = sa.select(endpoints.c.id).where(endpoints.c.readable)
     return other, sa.and_(
         other.c.file_id == replicas.c.file_id,
@@ -195,12 +200,15 @@ def _good(name: str) -> tuple[sa.FromClause, sa.ColumnElement[bool]]:
         Unguessed(other.c.state == literal(ReplicaState.AVAILABLE)),
         Unguessed(other.c.evidence > literal(Evidence.DECLARED)),
         Unguessed(other.c.endpoint_id.in_(readable)),
+        # Nothing is removed because of a copy that somebody has found wrong, before a worker has looked at it.
+        sa.true() if doubted_too else sa.not_(Unguessed(sa.exists(doubted.correlate(other)))),
     )
 
 
-def is_good_elsewhere() -> sa.ColumnElement[bool]:
-    """Another copy is verified, can be read, and is not being deleted."""
-    _, good = _good("good_copy")
+def is_good_elsewhere(*, doubted_too: bool = False) -> sa.ColumnElement[bool]:
+    """Another copy is verified, can be read, and is not being deleted; `doubted_too`: even if it may be wrong, as a
+    copy to read from, which proves itself."""
+    _, good = _good("good_copy", doubted_too=doubted_too)
     return Unguessed(sa.exists(sa.select(1).where(good)))
 
 

@@ -24,7 +24,7 @@ from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import settle
 from replica.catalog.rule_transfers import SUSPENDED
 from replica.db.engine import Session
-from replica.db.tables import alias_of, contents, endpoints, locks, replicas, scopes, transfers
+from replica.db.tables import alias_of, attempts, contents, endpoints, locks, replicas, scopes, transfers
 from replica.db.tables import dids as dids_table
 from replica.db.tables import rules as rules_table
 from rules.errors import Invalid, NotFound, Refused
@@ -40,7 +40,11 @@ def get(s: Session, transfer_id: int) -> wire.Transfer:
     row = s.execute(_select().where(transfers.c.id == transfer_id)).one_or_none()
     if row is None:
         raise _missing(transfer_id)
-    return _transfer(row, Holdups(s))
+    told = _transfer(row, Holdups(s))
+    if row.state is TransferState.DONE:
+        done = sa.select(attempts.c.bytes).where(attempts.c.transfer_id == transfer_id, attempts.c.outcome == "done")
+        told.moved_bytes = s.execute(done).scalar()
+    return told
 
 
 def list_page(

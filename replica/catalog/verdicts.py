@@ -127,7 +127,7 @@ def repair(s: Session, actor: Actor, wish: wire.RepairWish) -> wire.Transfer:
     (file_id,) = named
     batch = rows_of(s, "to_repair", PAIR, [(file_id, endpoint.id)])
     integrity.hold(s, batch)
-    query = sa.select(replicas.c.state, is_good_elsewhere().label("curable"))
+    query = sa.select(replicas.c.state, is_good_elsewhere(doubted_too=True).label("curable"))
     row = s.execute(query.select_from(batch).join(replicas, of_pair(batch))).one_or_none()
     if row is None or row.state not in (ReplicaState.BAD, ReplicaState.UNAVAILABLE):
         state = "not there" if row is None else row.state.label

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import checks, fsck, integrity, scrubs, verdicts
+from replica.catalog import checks, deletions, fsck, integrity, scrubs, verdicts
 from replica.catalog.integrity import Doubt
 from replica.db import tables
 from replica.db.engine import Database
@@ -267,6 +267,20 @@ def test_the_probe_after_a_doubt_makes_it_bad_and_it_is_healed(world, two, clock
     world.whole()
     assert world.move() == 1
     assert world.show(rule).state == "ok"
+
+
+def test_no_copy_is_removed_because_of_one_that_is_doubted(world, two):
+    rule, did = two
+    world.delete(rule)
+    with world.db.write() as s:
+        (row,) = [r for r in rows(world, tables.replicas) if r.endpoint_id == 1]
+        integrity.suspect(s, [Doubt(row.file_id, 1, "not in the listing")], why=Why.SCAN)
+    with world.db.write() as s, pytest.raises(Refused, match="last"):
+        deletions.ask(s, ROOT, wire.NewDeletion(did=did, endpoint="HZDR-DISK"))
+    (check,) = world.checks("DESY").probes
+    world.tell("DESY", found(check))
+    with world.db.write() as s:
+        deletions.ask(s, ROOT, wire.NewDeletion(did=did, endpoint="HZDR-DISK"))
 
 
 def test_a_failure_of_the_target_blames_no_source(world, two):
