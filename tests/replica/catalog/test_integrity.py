@@ -275,7 +275,7 @@ def test_no_copy_is_removed_because_of_one_that_is_doubted(world, two):
     with world.db.write() as s:
         (row,) = [r for r in rows(world, tables.replicas) if r.endpoint_id == 1]
         integrity.suspect(s, [Doubt(row.file_id, 1, "not in the listing")], why=Why.SCAN)
-    with world.db.write() as s, pytest.raises(Refused, match="last"):
+    with world.db.write() as s, pytest.raises(Refused, match="no other good copy"):
         deletions.ask(s, ROOT, wire.NewDeletion(did=did, endpoint="HZDR-DISK"))
     (check,) = world.checks("DESY").probes
     world.tell("DESY", found(check))
