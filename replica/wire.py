@@ -922,7 +922,7 @@ class WishPlan(Answer):
 class Transfer(Answer):
     id: int
     did: str
-    source: str | None
+    source: str | None  #: the one it reads from now, else the last one tried
     target: str
     state: str
     attempts: int
@@ -936,6 +936,10 @@ class Transfer(Answer):
     finished_at: datetime | None = None
     #: Of what is done, where one transfer was asked for: what sources had to give. A repair moves damaged chunks only.
     moved_bytes: int | None = None
+    #: Why the last claim read from its first source.
+    source_why: str | None = None
+    #: Sources that it reads from at the same time.
+    also_from: list[str] = []
 
 
 class Claim(Document):
@@ -969,6 +973,8 @@ class Order(Answer):
     attempt: int
     #: There were good bytes at the target once: what is still right of them need not be moved.
     repair: bool = False
+    #: So many of the sources, the first ones, may be read at the same time; the others only in their stead.
+    sources_at_once: int = 1
 
 
 class Orders(Answer):
@@ -1009,6 +1015,8 @@ class Outcome(Document):
     epoch: Epoch
     outcome: Literal["done", "failed", "given_back"]
     source_endpoint: Text | None = None
+    #: Of a file that came from several endpoints at once: the bytes that came from each.
+    read_from: dict[Text, Count] = {}
     size: Count | None = None
     checksums: dict[str, str] = {}
     #: What sources had to give, where that is less than all: a repair.

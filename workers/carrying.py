@@ -38,6 +38,7 @@ from replica.storage.posix import PosixStorage
 from replica.storage.repair import repair
 from rules.checksums import Checksums
 from rules.errors import Busy, Invalid, Permanent, ReplicaError, Side, SourceMissing, StorageError, Transient
+from rules.sources import AT_ONCE_MAX
 from workers.storages import Storages, is_local
 
 #: Files up to this size go in lists, one thread a list: a hand-over costs as much as copying one.
@@ -123,10 +124,12 @@ Finish = Callable[[Held, wire.Outcome | None], None]
 class Carrier:
     """Copies. `finish` is called in the event loop, once for each order."""
 
-    def __init__(self, storages: Storages, finish: Finish, *, concurrency: int, sources_at_once: int = 1) -> None:
+    def __init__(
+        self, storages: Storages, finish: Finish, *, concurrency: int, sources_at_once: int = AT_ONCE_MAX
+    ) -> None:
         self._storages = storages
         self._finish = finish
-        #: For one large file. More than one only where the limits of its links are known to allow it.
+        #: For one large file at most; the order says how many the limits allow.
         self._sources_at_once = sources_at_once
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="carry")
         self._log = get_logger()
@@ -277,7 +280,7 @@ class Carrier:
                 expected=held.expected,
                 control=held.control,
                 before_publish=held.before_publish,
-                at_once=self._sources_at_once,
+                at_once=min(self._sources_at_once, order.sources_at_once),
                 on_failure=lambda source, error: self._source_failed(held, source.storage.name, error),
             )
         except Exception as error:  # noqa: BLE001  whatever it is, it is this order's outcome
@@ -427,6 +430,7 @@ def _done(held: Held, copied: Copied, source: str | None, seconds: float) -> wir
     return held.outcome(
         "done",
         source_endpoint=None if copied.adopted else source,
+        read_from=dict(copied.moved_from) if len(copied.moved_from) > 1 else {},
         size=copied.size_bytes,
         checksums=copied.checksums.as_dict(),
         adopted=copied.adopted,

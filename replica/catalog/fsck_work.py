@@ -114,6 +114,16 @@ INVARIANTS = (
         "the scrub of {endpoint} is at {reached}, its batch ends at {upto}; worker: {worker}, lease: {lease_until}",
     ),
     Invariant(
+        "transfer-reads",
+        "Other sources are counted for claims that were made, and are neither the first source nor the target.",
+        sql("""
+            SELECT x.transfer_id, x.epoch, x.source_id, t.epoch AS claims
+            FROM reads x LEFT JOIN transfers t ON t.id = x.transfer_id
+            WHERE t.id IS NULL OR x.epoch > t.epoch OR x.source_id = t.target_id
+               OR x.epoch = t.epoch AND t.state IN ({transfer.leased}) AND x.source_id = t.reads_id"""),
+        "claim {epoch} of transfer {transfer_id}, which was claimed {claims} times, counts {source} once more",
+    ),
+    Invariant(
         "deletion-once",
         "At most one deletion of a replica is under way.",
         sql("""

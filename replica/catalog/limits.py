@@ -7,12 +7,13 @@ Promises  what is in flight is counted from the leases themselves, of which ther
 Partner   rules.limits decides; replica.catalog.orders asks within the transaction that claims;
           replica.catalog.concurrency writes what adapts.
 
-In flight is what a worker holds a lease on. A source is counted that the order was made for; others are named in an
-order only where nothing limits them.
+In flight is what a worker holds a lease on. Every source is counted that the order was made for, each with the whole
+file, which may have to come from it alone; others are named in an order only where nothing limits them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,10 +24,10 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import accounts, bulk, guards, outbox
 from replica.catalog import endpoints as endpoints_
-from replica.catalog.membership import any_of
+from replica.catalog.membership import Unguessed, any_of
 from replica.db.engine import Session
 from replica.db.tables import accounts as accounts_table
-from replica.db.tables import concurrency, endpoints, limits, rules, transfers
+from replica.db.tables import concurrency, endpoints, limits, reads, rules, transfers
 from replica.db.tables import sites as sites_table
 from rules.errors import Invalid
 from rules.limits import KINDS, PARTS, SMALL_BYTES, Key, Limit, Load, Room
@@ -79,12 +80,19 @@ def in_flight(s: Session, *, of_people: bool = True) -> dict[Key, Load]:
         .group_by(*by)
     )
     loads: dict[Key, Load] = {}
-    for row in s.execute(query):
-        for key in keys_of(row.target_id, row.reads_id, row.activity, row.account_id):
+
+    def add(keys: Iterable[Key], row: sa.Row[Any]) -> None:
+        for key in keys:
             load = loads.setdefault(key, Load())
             load.files += row.files
             load.bytes += int(row.bytes)
             load.parts += int(row.parts)
+
+    for row in s.execute(query):
+        sources = () if row.reads_id is None else (row.reads_id,)
+        add(keys_of(row.target_id, sources, row.activity, row.account_id), row)
+    for row in s.execute(_read_as_well()):
+        add(source_keys(row.source_id, row.target_id), row)
     return loads
 
 
@@ -94,12 +102,42 @@ def parts_sql() -> sa.ColumnElement[int]:
     return sa.case((size >= SMALL_BYTES, PARTS), (size < SMALL_BYTES // PARTS, 1), else_=size // (SMALL_BYTES // PARTS))
 
 
-def keys_of(target_id: int, source_id: int | None, activity: str, account_id: int | None) -> list[Key]:
+def _read_as_well() -> sa.Select[Any]:
+    """Besides the first source of each claim: few files are large enough for several."""
+    t = transfers
+    return (
+        sa.select(
+            reads.c.source_id,
+            t.c.target_id,
+            sa.func.count().label("files"),
+            sa.func.sum(t.c.size_bytes).label("bytes"),
+            sa.func.sum(parts_sql()).label("parts"),
+        )
+        .join_from(reads, t, sa.and_(t.c.id == reads.c.transfer_id, t.c.epoch == reads.c.epoch))
+        .where(Unguessed(any_of(t.c.state, TRANSFER_LEASED)))
+        .group_by(reads.c.source_id, t.c.target_id)
+    )
+
+
+def readers(s: Session) -> Counter[int]:
+    """Source → how many workers read there."""
+    first = (
+        sa.select(transfers.c.reads_id, sa.func.count().label("files"))
+        .where(any_of(transfers.c.state, TRANSFER_LEASED), Unguessed(transfers.c.reads_id.is_not(None)))
+        .group_by(transfers.c.reads_id)
+    )
+    found = Counter({row.reads_id: row.files for row in s.execute(first)})
+    for row in s.execute(_read_as_well()):
+        found[row.source_id] += row.files
+    return found
+
+
+def keys_of(target_id: int, source_ids: Iterable[int], activity: str, account_id: int | None) -> list[Key]:
     """All limits that a transfer is under."""
     keys: list[Key] = [("write", str(target_id)), ("activity", activity)]
     if account_id is not None:
         keys.append(("account", str(account_id)))
-    return keys if source_id is None else [*keys, *source_keys(source_id, target_id)]
+    return [*keys, *(key for source_id in source_ids for key in source_keys(source_id, target_id))]
 
 
 def source_keys(source_id: int, target_id: int) -> list[Key]:

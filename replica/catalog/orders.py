@@ -26,14 +26,26 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import activities, guards, lanes, limits, sites
+from replica.catalog import activities, guards, lanes, limits, sites, traffic
 from replica.catalog import breakers as breakers_
 from replica.catalog import endpoints as endpoints_
 from replica.catalog.breakers import Gate
 from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
 from replica.catalog.membership import Unguessed, any_of, dids_named, literal
 from replica.db.engine import Session
-from replica.db.tables import Instant, attempts, concurrency, dids, endpoints, files, replicas, rules, scopes, transfers
+from replica.db.tables import (
+    Instant,
+    attempts,
+    concurrency,
+    dids,
+    endpoints,
+    files,
+    reads,
+    replicas,
+    rules,
+    scopes,
+    transfers,
+)
 from replica.db.tables import breakers as breakers_table
 from replica.db.tables import limits as limits_table
 from rules import expressions
@@ -46,7 +58,7 @@ from rules.limits import SHARED, Room
 from rules.names import Did
 from rules.paths import is_injective, owners, path_for
 from rules.shares import Shares
-from rules.sources import Source, rank, why_none
+from rules.sources import UNUSED, Equals, Lately, Source, at_once, grades, in_order, why_first, why_none
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 
 #: Sources listed in one order, best first.
@@ -105,8 +117,31 @@ class _World:
     allowed: dict[int, frozenset[int]] = field(default_factory=dict)
     #: transfer → the other file that lies where it would go
     taken: dict[int, Did] = field(default_factory=dict)
+    #: (source, target) → what that link carried in the last hour; asked only where there is a choice
+    lately: dict[tuple[int, int], Lately] = field(default_factory=dict)
+    #: source → how many workers read there
+    load: Counter[int] = field(default_factory=Counter)
     #: Most files of a claim are at the same endpoints: target and sources, verified or not → the sources, best first
-    ranked: dict[tuple[int, tuple[tuple[int, bool], ...]], tuple[Source, ...]] = field(default_factory=dict)
+    graded: dict[tuple[int, tuple[tuple[int, bool], ...]], tuple[Equals, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Sources for one order."""
+
+    #: Those that are read, and counted; the first is the best.
+    read: tuple[Source, ...] = ()
+    #: To go on with, in their stead: nothing limits these.
+    spare: tuple[Source, ...] = ()
+    why: str | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(source.endpoint.id for source in self.read)
+
+
+#: An order, and what it reads from.
+_Given = tuple[wire.Order, _Chosen]
 
 
 def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
@@ -216,7 +251,7 @@ def _hand_out(
     s: Session, claim: wire.Claim, heads: Heads, world: _World, lease_seconds: float
 ) -> tuple[list[wire.Order], bool, bool]:
     """What goes, whether more is waiting that could go, and whether something has no room."""
-    given: list[tuple[wire.Order, int | None]] = []
+    given: list[_Given] = []
     impossible: list[tuple[int, str, str]] = []
     waits: list[tuple[int, str]] = []
     left = claim.limit_bytes
@@ -247,9 +282,8 @@ def _hand_out(
                 waits.append((row.id, decided.key))
                 heads.passed()
             continue
-        order, source_id = decided
-        _take(s, row, source_id, world)
-        given.append((order, source_id))
+        _take(row, decided[1].ids, world)
+        given.append(decided)
         left = None if left is None else left - row.size_bytes
         heads.took()
     _lease(s, given, claim.worker, lease_seconds)
@@ -267,10 +301,11 @@ def _shut(lane: Lane, row: sa.Row[Any], world: _World) -> bool:
     return world.room.first_to_refuse(keys, row.size_bytes) is not None
 
 
-def _take(s: Session, row: sa.Row[Any], source_id: int | None, world: _World) -> None:
+def _take(row: sa.Row[Any], source_ids: tuple[int, ...], world: _World) -> None:
     account_id = world.account.get(row.rule_id)
-    world.room.take(limits.keys_of(row.target_id, source_id, row.activity, account_id), row.size_bytes)
-    ends = [(row.target_id, "write"), *([] if source_id is None else [(source_id, "read")])]
+    world.room.take(limits.keys_of(row.target_id, source_ids, row.activity, account_id), row.size_bytes)
+    world.load.update(source_ids)
+    ends = [(row.target_id, "write"), *((source_id, "read") for source_id in source_ids)]
     for end in ends:
         if world.breakers.get(end) is Gate.PROBE:
             world.breakers[end] = Gate.SHUT
@@ -346,6 +381,7 @@ def _look(
     if before:
         _look_at_failures(s, before, world)
     _look_at_limits(limited, world)
+    _look_at_links(s, rows, world)
     world.taken = _taken(s, rows, world)
     return world
 
@@ -390,6 +426,19 @@ def _look_at_files(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> No
         world.replicas.setdefault(file_id, {})[endpoint_id] = _Copy(*copy)
 
 
+def _look_at_links(s: Session, rows: Sequence[sa.Row[Any]], world: _World) -> None:
+    """Speed, failures and load, of which only a choice between several copies makes use."""
+
+    def choice(row: sa.Row[Any]) -> bool:
+        there = world.replicas.get(row.file_id, {})
+        return sum(1 for endpoint_id, copy in there.items() if copy.good and endpoint_id != row.target_id) > 1
+
+    targets = {row.target_id for row in rows if choice(row)}
+    if targets:
+        world.lately = traffic.lately(s, sorted(targets))
+        world.load = limits.readers(s)
+
+
 def _look_at_failures(s: Session, ids: Sequence[int], world: _World) -> None:
     """Of transfers that were claimed before: nobody else can have failed."""
     claimed = ids_of(s, "claimed", ids)
@@ -397,7 +446,7 @@ def _look_at_failures(s: Session, ids: Sequence[int], world: _World) -> None:
         sa.select(
             attempts.c.transfer_id,
             attempts.c.source_id,
-            sa.func.count().label("failures"),
+            sa.func.sum(sa.case((attempts.c.side != "target", 1), else_=0)).label("failures"),
             sa.func.sum(sa.case((attempts.c.side == "source", 1), else_=0)).label("own"),
         )
         .join(claimed, claimed.c.id == attempts.c.transfer_id)
@@ -479,8 +528,8 @@ class _Waits:
     key: str
 
 
-def _order(row: sa.Row[Any], world: _World) -> tuple[wire.Order, int | None] | _Waits | str:
-    """The order for one transfer and the source that it counts at; what it waits for; or why there is no source."""
+def _order(row: sa.Row[Any], world: _World) -> _Given | _Waits | str:
+    """The order for one transfer and the sources that it counts at; what it waits for; or why there is no source."""
     there = world.replicas.get(row.file_id, {})
     at_target = there.get(row.target_id)
     if at_target is None:
@@ -493,21 +542,24 @@ def _order(row: sa.Row[Any], world: _World) -> tuple[wire.Order, int | None] | _
     account_id = world.account.get(row.rule_id)
     if account_id is not None and world.room.first_to_refuse([("account", str(account_id))], row.size_bytes):
         return _Waits(f"account:{account_id}")
-    ranked = _ranked(row.id, row.rule_id, target, there, world)
-    if not ranked and at_target.verified:
-        known = _sources(row.id, row.rule_id, there, world)
+    graded = _graded(row.id, row.rule_id, target, there, world)
+    if not graded and at_target.verified:
+        known = _sources(row.id, row.rule_id, target, there, world)
         return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
-    named = _with_room(row, ranked, world)
-    if isinstance(named, _Waits):
-        return named
-    return _written(row, there, named, world), named[0].endpoint.id if named else None
+    chosen = _with_room(row, graded, target, world)
+    if isinstance(chosen, _Waits):
+        return chosen
+    return _written(row, there, chosen, world), chosen
 
 
-def _with_room(row: sa.Row[Any], ranked: Sequence[Source], world: _World) -> list[Source] | _Waits:
-    """The source that the order is made for, and others to go on with, which no person limits. What adapts has room to
-    spare for the rare order that goes on with another."""
-    usable: list[Source] = []
+def _with_room(row: sa.Row[Any], graded: tuple[Equals, ...], target: Endpoint, world: _World) -> _Chosen | _Waits:
+    """The best source that has room; as many equally good ones as a large file is read from; and others to go on
+    with, which no person limits. What adapts has room to spare for the rare order that goes on with another."""
+    ranked = in_order(graded, world.load)
+    read: list[Source] = []
+    spare: list[Source] = []
     waits: str | None = None
+    most = 1
     for source in ranked:
         id_ = source.endpoint.id
         gate = world.breakers.get((id_, "read"))
@@ -516,13 +568,27 @@ def _with_room(row: sa.Row[Any], ranked: Sequence[Source], world: _World) -> lis
         if refused is not None:
             waits = waits or ":".join(refused)
         elif gate is Gate.PROBE:
-            return [source]
-        elif not usable or not any(map(world.room.has_fixed_limit, keys)):
-            usable.append(source)
-    return usable[:SOURCES_MAX] if usable or waits is None else _Waits(waits)
+            return _Chosen((source,), (), f"{source.endpoint.name}: it failed before, and is tried again by this")
+        elif not read:
+            read.append(source)
+            most = at_once(row.size_bytes, len(next(equals for equals in graded if source in equals)))
+        elif len(read) < most and any(source in equals and read[0] in equals for equals in graded):
+            read.append(source)
+        elif not any(map(world.room.has_fixed_limit, keys)):
+            spare.append(source)
+    if not read:
+        return _Chosen() if waits is None else _Waits(waits)
+    return _Chosen(tuple(read), tuple(spare[: SOURCES_MAX - len(read)]), _why(ranked, read[0], target, world))
 
 
-def _written(row: sa.Row[Any], there: dict[int, _Copy], sources: Sequence[Source], world: _World) -> wire.Order:
+def _why(ranked: Sequence[Source], first: Source, target: Endpoint, world: _World) -> str:
+    """Why this one is read first, though another may have been the best."""
+    place = ranked.index(first)
+    why = why_first(ranked[place:], target, world.links, world.load)
+    return f"{why}; {ranked[0].endpoint.name} came before it, and is at a limit or failed" if place else why
+
+
+def _written(row: sa.Row[Any], there: dict[int, _Copy], chosen: _Chosen, world: _World) -> wire.Order:
     file, place = world.files[row.file_id], world.place
     did = file.did
     paths: dict[str, str] = {}
@@ -550,28 +616,31 @@ def _written(row: sa.Row[Any], there: dict[int, _Copy], sources: Sequence[Source
                 url=place[source.endpoint.id].url,
                 path=path_at(source.endpoint.id),
             )
-            for source in sources
+            for source in (*chosen.read, *chosen.spare)
         ],
         attempt=row.attempts + 1,
         repair=there[row.target_id].damaged,
+        sources_at_once=max(1, len(chosen.read)),
     )
 
 
-def _ranked(
+def _graded(
     transfer_id: int, rule_id: int | None, target: Endpoint, there: dict[int, _Copy], world: _World
-) -> tuple[Source, ...]:
+) -> tuple[Equals, ...]:
     """The copies to read from, best first."""
     if transfer_id in world.failed or rule_id in world.allowed:
-        return rank(_sources(transfer_id, rule_id, there, world), target, world.links)
+        return grades(_sources(transfer_id, rule_id, target, there, world), target, world.links)
     key = (target.id, tuple((endpoint_id, copy.verified) for endpoint_id, copy in there.items() if copy.good))
-    ranked = world.ranked.get(key)
-    if ranked is None:
-        ranked = rank(_sources(transfer_id, rule_id, there, world), target, world.links)
-        world.ranked[key] = ranked
-    return ranked
+    graded = world.graded.get(key)
+    if graded is None:
+        graded = grades(_sources(transfer_id, rule_id, target, there, world), target, world.links)
+        world.graded[key] = graded
+    return graded
 
 
-def _sources(transfer_id: int, rule_id: int | None, there: dict[int, _Copy], world: _World) -> list[Source]:
+def _sources(
+    transfer_id: int, rule_id: int | None, target: Endpoint, there: dict[int, _Copy], world: _World
+) -> list[Source]:
     allowed = None if rule_id is None else world.allowed.get(rule_id)
     known = []
     for endpoint_id, copy in there.items():
@@ -583,7 +652,8 @@ def _sources(transfer_id: int, rule_id: int | None, there: dict[int, _Copy], wor
                 world.endpoint[endpoint_id],
                 verified=copy.verified,
                 suspicious=failed is not None and failed.own > 0,
-                recent_failures=0 if failed is None else failed.failures,
+                recent_failures=0 if failed is None else int(failed.failures),
+                lately=world.lately.get((endpoint_id, target.id), UNUSED),
             )
         )
     return known
@@ -596,11 +666,16 @@ def _obstacle(row: sa.Row[Any], world: _World) -> str:
     return "path_taken" if row.id in world.taken else "no_source"
 
 
-def _lease(s: Session, given: Sequence[tuple[wire.Order, int | None]], worker: str, lease_seconds: float) -> None:
+def _lease(s: Session, given: Sequence[_Given], worker: str, lease_seconds: float) -> None:
     if not given:
         return
-    columns: Columns = {"id": sa.BigInteger(), "reads_id": sa.BigInteger()}
-    batch = columns_of(s, "leased", columns, [[order.transfer for order, _ in given], [source for _, source in given]])
+    columns: Columns = {"id": sa.BigInteger(), "reads_id": sa.BigInteger(), "why": sa.String()}
+    values = (
+        [order.transfer for order, _ in given],
+        [next(iter(chosen.ids), None) for _, chosen in given],
+        [None if chosen.why is None else chosen.why[:500] for _, chosen in given],
+    )
+    batch = columns_of(s, "leased", columns, values)
     s.execute(
         transfers.update()
         .where(transfers.c.id == batch.c.id)
@@ -616,8 +691,25 @@ def _lease(s: Session, given: Sequence[tuple[wire.Order, int | None]], worker: s
             reason=None,
             waits_for="",
             reads_id=batch.c.reads_id,
+            source_why=batch.c.why,
         )
     )
+    others = [(order.transfer, order.epoch, id_) for order, chosen in given for id_ in chosen.ids[1:]]
+    if others:
+        _read_from_as_well(s, others)
+
+
+def _read_from_as_well(s: Session, others: Sequence[tuple[int, int, int]]) -> None:
+    """Count these sources too; what claims that are over had is forgotten on this occasion."""
+    alive = sa.select(1).where(
+        transfers.c.id == reads.c.transfer_id,
+        transfers.c.epoch == reads.c.epoch,
+        any_of(transfers.c.state, TRANSFER_LEASED),
+    )
+    s.execute(sa.delete(reads).where(sa.not_(sa.exists(alive))))
+    columns: Columns = {name: sa.BigInteger() for name in ("transfer_id", "epoch", "source_id")}
+    batch = rows_of(s, "read_as_well", columns, others)
+    s.execute(reads.insert().from_select(list(columns), sa.select(batch)))
 
 
 def _send_to_lanes(s: Session, waits: Sequence[tuple[int, str]]) -> None:

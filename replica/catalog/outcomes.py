@@ -99,6 +99,7 @@ class _Ending(msgspec.Struct, kw_only=True, gc=False):
     reason_code: str | None = None
     reason: str | None = None
     learned: dict[str, bytes] | None = None
+    read_from: dict[int, int] | None = None
 
     @property
     def pair(self) -> tuple[int, int]:
@@ -127,7 +128,8 @@ def report(
         .where(Unguessed(transfers.c.site_id == site_id), Unguessed(any_of(transfers.c.state, TRANSFER_LEASED)))
         .order_by(transfers.c.id)
     )
-    sources = _endpoint_ids(s, {o.source_endpoint for o in report.outcomes if o.source_endpoint})
+    named = {o.source_endpoint for o in report.outcomes if o.source_endpoint}
+    sources = _endpoint_ids(s, named.union(*(o.read_from for o in report.outcomes)))
 
     def carry_out() -> list[_Ending]:
         found = s.execute(current).all()
@@ -267,7 +269,8 @@ def _targets(s: Session, name: str, ended: Sequence[_Ending] | Sequence[sa.Row[A
 def _as_said(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worker: str) -> _Ending:
     source_id = sources.get(said.source_endpoint or "", row.source_id)
     if said.outcome == "done" and not said.error and not said.message:
-        ending = _ending(row, "done", source_id, worker, seconds=said.seconds)
+        read = {sources[name]: size for name, size in said.read_from.items() if name in sources}
+        ending = _ending(row, "done", source_id, worker, seconds=said.seconds, read_from=read or None)
         if said.moved_bytes is not None:  # what a repair moved, for the history of attempts and of the link
             ending.size = min(ending.size, said.moved_bytes)
         return ending

@@ -1,9 +1,9 @@
 """What goes over the links: counted in periods, where estimates come from.
 
 Given     the endings of transfers, as a batch of reports has them.
-Returns   how fast the links to some endpoints were lately.
+Returns   how fast the links to some endpoints were lately, and each link in the last hour.
 Promises  one statement for a batch of reports, in the transaction of the reports; nobody waits in a circle for it.
-Partner   replica.catalog.outcomes writes it, replica.catalog.forecasts reads it.
+Partner   replica.catalog.outcomes writes it, replica.catalog.forecasts and .orders read it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from replica.db.engine import Session
 from replica.db.tables import Instant, instant, micros, traffic
 from rules.concurrency import LOAD_ERRORS
 from rules.estimates import Period
+from rules.sources import Lately
 
 PERIOD_SECONDS = 300
 #: How far estimates look back, and how many periods of that they take.
@@ -27,6 +28,8 @@ LOOK_BACK_SECONDS = 24 * 3600
 PERIODS_MAX = 12
 #: Older periods are forgotten.
 KEEP_SECONDS = 90 * 24 * 3600
+#: How far the choice of a source looks back.
+LATELY_SECONDS = 3600
 FORGET_MAX = 10_000
 
 _COLUMNS: Columns = {
@@ -38,8 +41,9 @@ _COLUMNS: Columns = {
     "seconds": sa.Float(),
     "failures": sa.BigInteger(),
     "strained": sa.BigInteger(),
+    "source_failures": sa.BigInteger(),
 }
-_ADDED = ("files", "bytes", "seconds", "failures", "strained")
+_ADDED = ("files", "bytes", "seconds", "failures", "strained", "source_failures")
 
 
 class Ending(Protocol):
@@ -49,6 +53,9 @@ class Ending(Protocol):
     error: str
     size: int
     seconds: float
+    side: str
+    #: Of a file that came from several sources: what came from each.
+    read_from: dict[int, int] | None
 
     @property
     def source_id(self) -> int | None: ...
@@ -63,20 +70,23 @@ def add(s: Session, endings: Iterable[Ending]) -> None:
     for ending in endings:
         if ending.source_id is None or ending.outcome not in ("done", "failed", "lost"):
             continue  # verified in place, or given back: no link was used
-        total = sums.setdefault((ending.source_id, ending.target_id), [0, 0, 0.0, 0, 0])
-        if ending.outcome == "done":
-            total[0] += 1
-            total[1] += ending.size
-            total[2] += ending.seconds
-        else:
+        total = sums.setdefault((ending.source_id, ending.target_id), [0, 0, 0.0, 0, 0, 0])
+        if ending.outcome != "done":
             total[3] += 1
             total[4] += ending.error in LOAD_ERRORS
+            total[5] += ending.side != "target"
+            continue
+        total[0] += 1
+        for source_id, size in (ending.read_from or {ending.source_id: ending.size}).items():
+            total = sums.setdefault((source_id, ending.target_id), [0, 0, 0.0, 0, 0, 0])
+            total[1] += size
+            total[2] += ending.seconds
     if not sums:
         return
     # In the order of their keys: two transactions never hold what the other waits for.
     rows = [
-        (source, target, since, int(files), int(size), float(seconds), int(failures), int(strained))
-        for (source, target), (files, size, seconds, failures, strained) in sorted(sums.items())
+        (source, target, since, int(files), int(size), float(seconds), int(failures), int(strained), int(own))
+        for (source, target), (files, size, seconds, failures, strained, own) in sorted(sums.items())
     ]
     batch = rows_of(s, "traffic_added", _COLUMNS, rows)
     upsert = insert(s, traffic).from_select(
@@ -141,6 +151,25 @@ def since(s: Session, seconds: float) -> list[Counted]:
 def period_of(moment: datetime) -> datetime:
     """When the period began that this moment is in."""
     return _period(moment)
+
+
+def lately(s: Session, target_ids: Sequence[int]) -> dict[tuple[int, int], Lately]:
+    """(source, target) → what that link carried in the last hour."""
+    sums = (sa.func.sum(traffic.c[name]).label(name) for name in ("files", "bytes", "seconds", "source_failures"))
+    query = (
+        sa.select(traffic.c.source_id, traffic.c.target_id, *sums)
+        .where(
+            traffic.c.target_id.in_(sorted(target_ids)),
+            traffic.c.since >= s.now - timedelta(seconds=LATELY_SECONDS),
+        )
+        .group_by(traffic.c.source_id, traffic.c.target_id)
+    )
+    return {
+        (row.source_id, row.target_id): Lately(
+            int(row.files), int(row.bytes), float(row.seconds), int(row.source_failures)
+        )
+        for row in s.execute(query)
+    }
 
 
 def forget_old(s: Session) -> int:

@@ -17,19 +17,19 @@ from replica import wire
 from replica.catalog import cursors, dids, guards, provision, reasons, sites
 from replica.catalog.bulk import rows_of
 from replica.catalog.holdups import Holdups
-from replica.catalog.membership import Computed, closure_of, covering, files_of, units
+from replica.catalog.membership import Computed, any_of, closure_of, covering, files_of, units
 from replica.catalog.orders import claim, heartbeat
 from replica.catalog.outcomes import expire_leases, report
 from replica.catalog.provision import PAIR
 from replica.catalog.rule_states import settle
 from replica.catalog.rule_transfers import SUSPENDED
 from replica.db.engine import Session
-from replica.db.tables import alias_of, attempts, contents, endpoints, locks, replicas, scopes, transfers
+from replica.db.tables import alias_of, attempts, contents, endpoints, locks, reads, replicas, scopes, transfers
 from replica.db.tables import dids as dids_table
 from replica.db.tables import rules as rules_table
 from rules.errors import Invalid, NotFound, Refused
 from rules.names import Did, shown
-from rules.states import TRANSFER_TERMINAL, DidKind, Evidence, Grouping, ReplicaState, TransferState
+from rules.states import TRANSFER_LEASED, TRANSFER_TERMINAL, DidKind, Evidence, Grouping, ReplicaState, TransferState
 
 __all__ = ["cancel", "claim", "expire_leases", "get", "heartbeat", "list_page", "report", "retry"]
 
@@ -41,10 +41,23 @@ def get(s: Session, transfer_id: int) -> wire.Transfer:
     if row is None:
         raise _missing(transfer_id)
     told = _transfer(row, Holdups(s))
+    told.also_from = _also_from(s, row)
     if row.state is TransferState.DONE:
         done = sa.select(attempts.c.bytes).where(attempts.c.transfer_id == transfer_id, attempts.c.outcome == "done")
         told.moved_bytes = s.execute(done).scalar()
     return told
+
+
+def _also_from(s: Session, row: sa.Row[Any]) -> list[str]:
+    if row.state not in TRANSFER_LEASED:
+        return []
+    query = (
+        sa.select(endpoints.c.name)
+        .join(reads, reads.c.source_id == endpoints.c.id)
+        .where(reads.c.transfer_id == row.id, reads.c.epoch == row.epoch)
+        .order_by(endpoints.c.name)
+    )
+    return list(s.execute(query).scalars())
 
 
 def list_page(
@@ -191,6 +204,10 @@ def _is_locked_by(rule_id: int) -> sa.ColumnElement[bool]:
     return sa.or_(transfers.c.rule_id == rule_id, sa.exists(by_file), sa.exists(by_dataset))
 
 
+#: Where a worker reads now; else where it was last tried.
+_SOURCE_ID = sa.case((any_of(transfers.c.state, TRANSFER_LEASED), transfers.c.reads_id), else_=transfers.c.source_id)
+
+
 def _select() -> sa.Select[Any]:
     source, target = alias_of(endpoints, "source"), alias_of(endpoints, "target")
     return (
@@ -205,7 +222,7 @@ def _select() -> sa.Select[Any]:
         .join_from(transfers, dids_table, dids_table.c.id == transfers.c.file_id)
         .join(scopes, scopes.c.id == dids_table.c.scope_id)
         .join(target, target.c.id == transfers.c.target_id)
-        .outerjoin(source, source.c.id == transfers.c.source_id)
+        .outerjoin(source, source.c.id == _SOURCE_ID)
     )
 
 
@@ -231,6 +248,7 @@ def _transfer(row: sa.Row[Any], holdups: Holdups) -> wire.Transfer:
         created_at=row.created_at,
         not_before=not_before,
         finished_at=row.finished_at,
+        source_why=row.source_why,
     )
 
 

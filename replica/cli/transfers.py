@@ -139,6 +139,8 @@ def _print(found: wire.Transfer) -> None:
             ("state", found.state),
             ("did", found.did),
             ("source", found.source),
+            ("why from there", found.source_why),
+            ("also from", ", ".join(found.also_from) or None),
             ("target", found.target),
             ("size", human_size(found.bytes)),
             ("done", _percent(found)),

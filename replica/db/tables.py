@@ -231,6 +231,8 @@ traffic = Table(
     Column("seconds", Float, nullable=False, server_default=text("0")),  # summed over files that went side by side
     Column("failures", BigInteger, nullable=False, server_default=text("0")),
     Column("strained", BigInteger, nullable=False, server_default=text("0")),  # of the failures: load can be the cause
+    # Of the failures, those that were not the target's: what the choice of a source goes by.
+    Column("source_failures", BigInteger, nullable=False, server_default=text("0")),
     Index("ix_traffic_since", "since"),
 )
 
@@ -504,8 +506,9 @@ transfers = Table(
     Column("finished_at", Instant),
     # Of what is queued: the limit or the endpoint that it has been found to wait for, as `kind:key`; else empty.
     Column("waits_for", String(80), nullable=False, server_default=""),
-    # Of what is leased: the source it reads from, as far as limits count it.
+    # Of what is leased: the source it reads from, as far as limits count it; and why from that one.
     Column("reads_id", Id),
+    Column("source_why", String(500)),
     # At most one live transfer for a file and target: the database itself forbids a second writer.
     Index(
         "uq_transfers_live",
@@ -546,6 +549,15 @@ transfers = Table(
     ),
     Index("ix_transfers_lease_until", "lease_until", postgresql_where=LEASED_TRANSFER, sqlite_where=LEASED_TRANSFER),
     Index("ix_transfers_file_id", "file_id", "target_id"),
+)
+
+reads = Table(
+    "reads",
+    metadata,
+    # Other sources that a claim reads from at the same time; they count as `reads_id` does while that claim is leased.
+    Column("transfer_id", Id, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, primary_key=True, autoincrement=False),
+    Column("source_id", Id, primary_key=True, autoincrement=False),
 )
 
 attempts = Table(

@@ -236,6 +236,7 @@ class Attempt:
                 "read back",
                 moved_bytes=self.moved_bytes,
                 source=most,
+                moved_from=dict(self._moved_from),
             )
         except StorageError as error:
             at_target = error.side == "target" and not isinstance(error, Unreachable | TimedOut | Busy)

@@ -8,8 +8,9 @@ Partner   replica.storage.copy, copy_local, chunked and repair; rules.transfers 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from replica.storage.base import Storage
@@ -47,6 +48,7 @@ class Copied:
     verified_by: str  #: "read back", or "digest <algorithm>" if the target answered one
     moved_bytes: int = 0  #: read from sources to be written, in this attempt; less than the size if it was resumed
     source: str = ""  #: the endpoint that most of them came from, where there were several
+    moved_from: Mapping[str, int] = field(default_factory=dict)  #: endpoint → bytes, where there were several
 
 
 #: What the proof of a POSIX target is read from; the module's docstring says what each one proves.

@@ -270,6 +270,8 @@ PLANTS = [
         "INSERT INTO attempts (transfer_id, epoch, outcome, at)"
         f" SELECT transfer_id, epoch, 'failed', 0 FROM attempts WHERE transfer_id = {DONE}",
     ),
+    plant("transfer-reads", f"INSERT INTO reads VALUES ({CLAIMED}, 2, {at('GSI-DISK')})"),
+    plant("transfer-reads", f"INSERT INTO reads VALUES ({CLAIMED}, 1, {at('HZDR-DISK')})"),
     plant(
         "deletion-once",
         "DROP INDEX uq_deletions_live; "
