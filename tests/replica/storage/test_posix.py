@@ -268,6 +268,19 @@ def test_an_endpoint_where_we_may_not_write_is_refused_in_our_words():
     as_nobody(as_user)
 
 
+def test_a_folder_that_was_closed_to_us_is_a_matter_of_rights_and_not_of_mounting():
+    def as_user(folder):
+        storage = folder_storage(folder / "root", "DISK")
+        for closed in (folder / "root", folder / "root/.replica"):
+            closed.chmod(0)
+            with pytest.raises(Forbidden, match="may not be opened") as told:
+                asyncio.run(storage.stat("f"))
+            assert "mount" not in told.value.hint
+            closed.chmod(0o755)
+
+    as_nobody(as_user)
+
+
 async def test_a_disk_that_is_not_mounted_is_told_from_an_empty_one(storage, root):
     (root / "f").write_bytes(b"x")
     root.rename(root.with_name("away"))
