@@ -169,14 +169,18 @@ class WebdavStorage:
     async def present(self, within_seconds: float = 0.0) -> None:
         """Unreachable, unless the endpoint's sentinel is there now, or was when it was asked for so long ago.
 
-        Asked together: who comes while a look is under way shares the next one, which begins after it came.
+        Asked together: who comes while a look is under way shares the next one, which begins after it came, or that
+        very one, if it need not be later.
         """
         pool = self.http.pool()
         if time.monotonic() - pool.present_at < within_seconds:
             return
-        if pool.to_ask is None:
-            pool.to_ask = asyncio.get_running_loop().create_task(self._look_for_sentinel())
-        error = await asyncio.shield(pool.to_ask)
+        looking = pool.asking if within_seconds else None
+        if looking is None or looking.done():
+            if pool.to_ask is None:
+                pool.to_ask = asyncio.get_running_loop().create_task(self._look_for_sentinel())
+            looking = pool.to_ask
+        error = await asyncio.shield(looking)
         if error is not None:
             raise copy.copy(error)  # several callers raise it, and each blames another side
 
