@@ -33,6 +33,8 @@ they failed.
 `subscriptions` makes the wishes of a standing one for a DID, and says what its metadata lack. `events` reads which
 events somebody wants, and says when a server that did not take them is tried again. `quotas` says what an account may
 still keep where. `deletion` says which copies must stay whatever the need, and how many may go.
+`integrity` says when a doubt about a copy becomes a verdict, when too many doubts speak of the storage instead, and how
+fast what is kept may be read again.
 `permissions` says what an actor may do, and denies everything else.
 
 A rule's life shows how they join: `permissions` lets the account ask; `expressions` turns the wish into candidates;
