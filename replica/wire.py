@@ -940,6 +940,33 @@ class Transfer(Answer):
     source_why: str | None = None
     #: Sources that it reads from at the same time.
     also_from: list[str] = []
+    #: Over which other endpoints the file comes, if it does; in a list this is left out.
+    route: Route | None = None
+    #: Transfers for which this copy is a step on the way; in a list this is left out.
+    step_for: list[int] = []
+
+
+class RouteHop(Answer):
+    """A step on the way of a file: *reserved* until the copy is there, then *available*."""
+
+    endpoint: str
+    state: str
+    #: The transfer that brings it there.
+    transfer: int | None = None
+
+
+class Route(Answer):
+    """The plan by which a file comes to a target that no copy of it may go to directly."""
+
+    id: int
+    source: str
+    target: str
+    hops: list[RouteHop]
+    #: None while it is in force; done, cancelled, failed.
+    outcome: str | None
+    reason: str
+    created_at: datetime
+    closed_at: datetime | None = None
 
 
 class Claim(Document):

@@ -79,6 +79,8 @@ class Facts:
     #: Another copy is good.
     good_elsewhere: bool = True
     last_source: bool = False
+    #: A copy on its way to another endpoint is kept or will be made here, for the next leg.
+    reserved: bool = False
     #: Its DID was deleted by a person, and the time in which that can be undone has passed.
     forgotten: bool = False
     released_at: datetime | None = None
@@ -101,6 +103,7 @@ EXPLAINED = {
     "locked": ("a rule protects it", "delete the rule, or move it elsewhere"),
     "arriving": ("a transfer brings it at this moment", "wait for it, or cancel the transfer"),
     "being_read": ("a worker is copying the file at this moment", "repeat the request when that has ended"),
+    "reserved": ("it is a step of a copy's way to another endpoint", "wait until that has come, or delete its rule"),
     "last_copy": (
         "there is no other good copy",
         "make one with a rule; to remove the last copy for good, say --last-copy",
@@ -125,6 +128,7 @@ def decide(facts: Facts, why: Why | None, now: datetime) -> Delete | Keep:
         ("locked", facts.locked),
         ("arriving", facts.arriving),
         ("being_read", facts.being_read),
+        ("reserved", facts.reserved),
         ("last_copy", not facts.good_elsewhere and not may_be_last),
         ("last_source", facts.last_source and not is_leftover(facts)),
     ):

@@ -47,6 +47,7 @@ USUAL_PACE_SECONDS = 5.0
 #: Everything that happens when nobody is asking. Intervals are drawn anew, ±20 %, so that processes do not keep step.
 TIMETABLE = (
     Entry("evaluation", "workers.evaluation:evaluate", 5, CONTROL, "rules that are due: place copies, order transfers"),
+    Entry("routes", "workers.routes:look", 5, CONTROL, "what may not go directly: find a way over other endpoints"),
     Entry("leases", "workers.leases:release", 5, None, "orders whose worker fell silent: back to the queue"),
     Entry("deletion", "workers.deletion:delete", 20, None, "copies nobody protects: decide which go, by need of space"),
     Entry("removals", "workers.deletion:release", 10, None, "deletions whose worker fell silent: back to the queue"),

@@ -18,7 +18,7 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import accounts, breakers, bulk, cursors, guards, outbox, reasons, sites
+from replica.catalog import accounts, breakers, bulk, cursors, guards, hops, outbox, reasons, sites
 from replica.catalog.documents import check_attributes
 from replica.catalog.membership import Unguessed, literal
 from replica.db import tables
@@ -179,6 +179,10 @@ def decommission(s: Session, name: str, order: wire.Decommission, actor: Actor |
         )
     for thing, under_way in (
         ("transfer to", sa.and_(tables.transfers.c.target_id == endpoint_id, tables.LIVE_TRANSFER)),
+        (
+            "route over",
+            sa.and_(tables.route_hops.c.endpoint_id == endpoint_id, tables.route_hops.c.closed_at.is_(None)),
+        ),
         ("deletion at", sa.and_(tables.deletions.c.endpoint_id == endpoint_id, tables.LIVE_DELETION)),
     ):
         if s.execute(sa.select(sa.exists().where(under_way))).scalar_one():
@@ -270,6 +274,7 @@ def set_link(s: Session, change: wire.LinkChange, actor: Actor | None = None) ->
     upsert = bulk.insert(s, tables.links).values(source_id=source.id, target_id=target.id, **values)
     index = {"index_elements": ["source_id", "target_id"]}
     s.execute(upsert.on_conflict_do_update(**index, set_=values) if values else upsert.on_conflict_do_nothing(**index))
+    hops.look_again(s, target.id)
     told = {"source": change.source, "target": change.target, **values}
     _tell(s, "endpoint.changed", target.id, actor, name=change.target, link=told)
     return list_links(s, source=change.source, target=change.target, cursor=None, limit=1).items[0]

@@ -15,7 +15,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import forecasts, rule_views, waiting
+from replica.catalog import forecasts, routes, rule_views, waiting
+from replica.catalog.hops import HOPS
 from replica.catalog.waiting import Group
 from replica.db.engine import Session
 from replica.db.tables import endpoints, locks, rules
@@ -101,7 +102,7 @@ def _sentences(s: Session, rule: wire.Rule, row: sa.Row[Any], moving: Sequence[G
     if rule.locked:
         yield "It is locked: nobody can delete it or take a copy from it."
     yield from _eta_sentences(rule)
-    yield from _moving_sentences(s, moving)
+    yield from _moving_sentences(s, rule.id, moving)
     yield from _kept_sentences(s, rule.id)
     if row.placed_to is not None:
         yield "Places for the rest are being chosen now."
@@ -156,7 +157,7 @@ def _eta_sentences(rule: wire.Rule) -> Iterator[str]:
         yield f"As the links were lately, it is done at about {_when(eta.likely)}, {band}."
 
 
-def _moving_sentences(s: Session, moving: Sequence[Group]) -> Iterator[str]:
+def _moving_sentences(s: Session, rule_id: int, moving: Sequence[Group]) -> Iterator[str]:
     for row in moving:
         count = counted(row.files, "file")
         one = row.files == 1
@@ -179,6 +180,9 @@ def _moving_sentences(s: Session, moving: Sequence[Group]) -> Iterator[str]:
             if row.not_before is not None and row.not_before > s.now:
                 again = f" The next try is at {_when(row.not_before)}."
             yield f"{count} ({size}) {wait} to go to {row.target}: {why}.{helps}{again}".replace("..", ".")
+    if any(row.code == HOPS for row in moving):
+        for endpoint, files in routes.progress(s, rule_id).items():
+            yield f"{counted(files, 'file')} of these {'has' if files == 1 else 'have'} come as far as {endpoint}."
 
 
 _when = waiting.when

@@ -140,7 +140,7 @@ INVARIANTS = (
     ),
     Invariant(
         "replica-wanted",
-        "A replica that is on its way is wanted by a rule, is being verified, or is cleared away.",
+        "A replica on its way is wanted by a rule, a step of a route, being verified, or is cleared away.",
         sql("""
             SELECT r.file_id, r.endpoint_id
             FROM replicas r
@@ -148,6 +148,8 @@ INVARIANTS = (
               AND (r.evidence IS NULL OR r.evidence <> {evidence.DECLARED})
               AND NOT EXISTS (SELECT 1 FROM transfers t WHERE t.file_id = r.file_id AND t.target_id = r.endpoint_id
                                 AND t.state IN ({transfer.live}))
+              AND NOT EXISTS (SELECT 1 FROM route_hops h WHERE h.file_id = r.file_id AND h.endpoint_id = r.endpoint_id
+                                AND h.closed_at IS NULL)
               AND NOT EXISTS (SELECT 1 FROM locks l WHERE l.unit_id = r.file_id AND l.endpoint_id = r.endpoint_id)
               AND NOT EXISTS (SELECT 1 FROM contents c JOIN locks l ON l.unit_id = c.parent_id
                               WHERE c.child_id = r.file_id AND l.endpoint_id = r.endpoint_id)"""),

@@ -114,6 +114,48 @@ INVARIANTS = (
         "the scrub of {endpoint} is at {reached}, its batch ends at {upto}; worker: {worker}, lease: {lease_until}",
     ),
     Invariant(
+        "route-transfer",
+        "A route serves a transfer of its file to its target, over other endpoints than that.",
+        sql("""
+            SELECT r.id AS route_id, r.transfer_id, r.file_id, r.target_id
+            FROM routes r LEFT JOIN transfers t ON t.id = r.transfer_id
+            WHERE t.id IS NULL OR t.file_id <> r.file_id OR t.target_id <> r.target_id
+               OR EXISTS (SELECT 1 FROM route_hops h WHERE h.route_id = r.id
+                            AND (h.endpoint_id = r.target_id OR h.file_id <> r.file_id))"""),
+        "route {route_id} of {file} to {target} does not fit transfer {transfer_id} or its own steps",
+    ),
+    Invariant(
+        "route-closed",
+        "A route has steps, which are open as long as it is; one that is closed says how it ended.",
+        sql("""
+            SELECT r.id AS route_id, r.closed_at, r.outcome FROM routes r
+            WHERE (r.closed_at IS NULL) <> (r.outcome IS NULL)
+               OR NOT EXISTS (SELECT 1 FROM route_hops h WHERE h.route_id = r.id)
+               OR EXISTS (SELECT 1 FROM route_hops h WHERE h.route_id = r.id
+                            AND (h.closed_at IS NULL) <> (r.closed_at IS NULL))"""),
+        "route {route_id} was closed at {closed_at} as {outcome}, and its steps were not, or the other way round",
+    ),
+    Invariant(
+        "route-reserved",
+        "While a route is in force, each of its steps has a replica that is not being deleted.",
+        sql("""
+            SELECT h.route_id, h.file_id, h.endpoint_id
+            FROM route_hops h JOIN routes r ON r.id = h.route_id JOIN transfers t ON t.id = r.transfer_id
+            LEFT JOIN replicas p ON p.file_id = h.file_id AND p.endpoint_id = h.endpoint_id
+            WHERE h.closed_at IS NULL AND t.state IN ({transfer.live})
+              AND (p.state IS NULL OR p.state = {replica.DELETING})"""),
+        "{file} is a step of route {route_id} at {endpoint}, and has no replica there that stays",
+    ),
+    Invariant(
+        "route-waiting",
+        "A transfer that waits since it comes over other endpoints has a route.",
+        sql("""
+            SELECT t.id AS transfer_id, t.file_id, t.target_id FROM transfers t
+            WHERE t.state = {transfer.QUEUED} AND t.reason_code = 'hops'
+              AND NOT EXISTS (SELECT 1 FROM routes r WHERE r.transfer_id = t.id AND r.closed_at IS NULL)"""),
+        "transfer {transfer_id} of {file} to {target} waits for a route that is not there",
+    ),
+    Invariant(
         "transfer-reads",
         "Other sources are counted for claims that were made, and are neither the first source nor the target.",
         sql("""

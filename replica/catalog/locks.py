@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from replica.catalog import guards, placing, provision, reasons, totals, usage
+from replica.catalog import guards, hops, placing, provision, reasons, totals, usage
 from replica.catalog.bulk import Batch, ids_of, rows_of
 from replica.catalog.membership import (
     Unguessed,
@@ -473,6 +473,7 @@ def replicas_became_available(s: Session, pairs: sa.FromClause, *, none_there: b
     """
     guards.change_rules_that_came(s, pairs)
     concerned = count_available(s, pairs, 1, none_stuck=none_there)
+    hops.others_own(s, pairs)
     end_needless(s, pairs)
     sources_appeared(s, pairs)
     settle(s, concerned)
@@ -497,12 +498,14 @@ def sources_appeared(s: Session, pairs: sa.FromClause) -> None:
         .where(
             transfers.c.file_id.in_(sa.select(pairs.c.file_id)),
             Unguessed(transfers.c.state == literal(TransferState.QUEUED)),
-            Unguessed(sa.or_(transfers.c.reason_code == "no_source", transfers.c.waits_for != "")),
+            Unguessed(sa.or_(transfers.c.reason_code.in_(hops.FOR_A_SOURCE), transfers.c.waits_for != "")),
+            hops.can_go_on(pairs),
         )
         .values(not_before=None, reason_code=None, reason=None, waits_for="")
         .returning(transfers.c.site_id)
     )
     provision.wake_sites(s, {site_id for (site_id,) in freed})
+    hops.arrived(s, pairs)
 
 
 # --- releasing ------------------------------------------------------------------------------------------------------
@@ -551,9 +554,10 @@ def release(s: Session, parts: Iterable[Part], ignoring_rule: int | None = None,
     """What no rule (but `ignoring_rule`) protects any more, of `parts`: transfers stop, copies may be deleted.
 
     Copies that had not come yet, and for which no worker holds a lease, vanish and give back their space. The caller
-    holds the rules and the endpoints of the parts. `purge`: copies shall go at once, not when space is needed. At most
-    six statements for a part.
+    holds the rules and the endpoints of the parts. `purge`: copies shall go at once, not when space is needed. What
+    comes to be a step of a route is not stopped. At most six statements for a part.
     """
+    steps = hops.any_open(s)
 
     def is_protected(file_id: sa.ColumnElement[int], endpoint_id: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
         return is_covered(file_id, endpoint_id, ignoring_rule, ignoring_ended=True)
@@ -562,8 +566,19 @@ def release(s: Session, parts: Iterable[Part], ignoring_rule: int | None = None,
         for part in parts:
             protected = None if part.alone else is_protected
             if not part.complete:
-                stop_unfinished(s, part, protected)
+                stop_unfinished(s, part, _or_a_step(protected) if steps else protected)
             _may_be_deleted(s, part, protected, purge)
+
+
+def _or_a_step(condition: Condition | None) -> Condition:
+    if condition is None:
+        return hops.is_hop
+    return lambda file_id, endpoint_id: sa.or_(condition(file_id, endpoint_id), hops.is_hop(file_id, endpoint_id))
+
+
+def let_go(s: Session, pairs: Collection[tuple[int, int]]) -> None:
+    """Nothing needs these any more but rules, if any does: the others go at once. The caller holds the endpoints."""
+    release(s, _parts_of(s, pairs), purge=True)
 
 
 def _may_be_deleted(s: Session, part: Part, is_protected: Condition | None, purge: bool) -> None:

@@ -26,7 +26,7 @@ import msgspec
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import activities, guards, lanes, limits, sites, traffic
+from replica.catalog import activities, guards, hops, lanes, limits, sites, traffic
 from replica.catalog import breakers as breakers_
 from replica.catalog import endpoints as endpoints_
 from replica.catalog.breakers import Gate
@@ -115,6 +115,8 @@ class _World:
     failed: set[int] = field(default_factory=set)
     #: rule → endpoints that it allows as sources
     allowed: dict[int, frozenset[int]] = field(default_factory=dict)
+    #: file → where it is a step on its way, of files that rules allow to come from some endpoints only
+    steps: dict[int, frozenset[int]] = field(default_factory=dict)
     #: transfer → the other file that lies where it would go
     taken: dict[int, Did] = field(default_factory=dict)
     #: (source, target) → what that link carried in the last hour; asked only where there is a choice
@@ -288,6 +290,8 @@ def _hand_out(
         heads.took()
     _lease(s, given, claim.worker, lease_seconds)
     _put_back(s, impossible)
+    if any(code == hops.NO_LINK for _, code, _ in impossible):
+        s.wake.add(hops.PASS)
     _send_to_lanes(s, waits)
     breakers_.probe(s, world.probes)
     return [order for order, _ in given], more or heads.stopped or bool(waits), full
@@ -381,6 +385,8 @@ def _look(
     if before:
         _look_at_failures(s, before, world)
     _look_at_limits(limited, world)
+    if limited:
+        world.steps = hops.sources_of(s, (row.file_id for row in rows))
     _look_at_links(s, rows, world)
     world.taken = _taken(s, rows, world)
     return world
@@ -542,9 +548,9 @@ def _order(row: sa.Row[Any], world: _World) -> _Given | _Waits | str:
     account_id = world.account.get(row.rule_id)
     if account_id is not None and world.room.first_to_refuse([("account", str(account_id))], row.size_bytes):
         return _Waits(f"account:{account_id}")
-    graded = _graded(row.id, row.rule_id, target, there, world)
+    graded = _graded(row, target, world)
     if not graded and at_target.verified:
-        known = _sources(row.id, row.rule_id, target, there, world)
+        known = _sources(row, target, world)
         return "; ".join(obstacle.message for obstacle in why_none(known, target, world.links))
     chosen = _with_room(row, graded, target, world)
     if isinstance(chosen, _Waits):
@@ -624,29 +630,28 @@ def _written(row: sa.Row[Any], there: dict[int, _Copy], chosen: _Chosen, world: 
     )
 
 
-def _graded(
-    transfer_id: int, rule_id: int | None, target: Endpoint, there: dict[int, _Copy], world: _World
-) -> tuple[Equals, ...]:
+def _graded(row: sa.Row[Any], target: Endpoint, world: _World) -> tuple[Equals, ...]:
     """The copies to read from, best first."""
-    if transfer_id in world.failed or rule_id in world.allowed:
-        return grades(_sources(transfer_id, rule_id, target, there, world), target, world.links)
+    if row.id in world.failed or row.rule_id in world.allowed:
+        return grades(_sources(row, target, world), target, world.links)
+    there = world.replicas.get(row.file_id, {})
     key = (target.id, tuple((endpoint_id, copy.verified) for endpoint_id, copy in there.items() if copy.good))
     graded = world.graded.get(key)
     if graded is None:
-        graded = grades(_sources(transfer_id, rule_id, target, there, world), target, world.links)
+        graded = grades(_sources(row, target, world), target, world.links)
         world.graded[key] = graded
     return graded
 
 
-def _sources(
-    transfer_id: int, rule_id: int | None, target: Endpoint, there: dict[int, _Copy], world: _World
-) -> list[Source]:
-    allowed = None if rule_id is None else world.allowed.get(rule_id)
+def _sources(row: sa.Row[Any], target: Endpoint, world: _World) -> list[Source]:
+    allowed = None if row.rule_id is None else world.allowed.get(row.rule_id)
+    if allowed is not None:
+        allowed |= world.steps.get(row.file_id, frozenset())
     known = []
-    for endpoint_id, copy in there.items():
+    for endpoint_id, copy in world.replicas.get(row.file_id, {}).items():
         if not copy.good or (allowed is not None and endpoint_id not in allowed):
             continue
-        failed = world.failures.get((transfer_id, endpoint_id))
+        failed = world.failures.get((row.id, endpoint_id))
         known.append(
             Source(
                 world.endpoint[endpoint_id],
@@ -663,7 +668,12 @@ def _obstacle(row: sa.Row[Any], world: _World) -> str:
     at_target = world.replicas.get(row.file_id, {}).get(row.target_id)
     if at_target is not None and at_target.deleting:
         return "deletion_under_way"
-    return "path_taken" if row.id in world.taken else "no_source"
+    if row.id in world.taken:
+        return "path_taken"
+    target = world.endpoint[row.target_id]
+    known = _sources(row, target, world)
+    shut = {obstacle.code for obstacle in why_none(known, target, world.links)}
+    return hops.NO_LINK if "link_not_allowed" in shut else "no_source"
 
 
 def _lease(s: Session, given: Sequence[_Given], worker: str, lease_seconds: float) -> None:

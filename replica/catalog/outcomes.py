@@ -23,6 +23,7 @@ from replica import wire
 from replica.catalog import (
     breakers,
     guards,
+    hops,
     integrity,
     limits,
     locks,
@@ -391,6 +392,7 @@ def _carry_out(s: Session, endings: list[_Ending], held: set[int]) -> None:
     if failed:
         batch = _targets(s, "given_up", failed)
         touched.update(provision.count_stuck(s, batch, 1))
+        hops.not_coming(s, batch)
         _note(s, failed)
     touched.update(_blame(s, endings))
     if s.postgresql and not touched <= held:

@@ -176,6 +176,16 @@ def try_again(s: Session, pairs: sa.FromClause) -> list[int]:
     return count_stuck(s, batch, -1)
 
 
+def reserve(s: Session, wanted: sa.FromClause) -> None:
+    """Rows for copies that will be ordered later: their space is booked. The caller holds the endpoints."""
+    _make_replicas(s, wanted)
+
+
+def order(s: Session, wanted: sa.FromClause) -> None:
+    """Transfers for replicas that have rows, where none is under way."""
+    _make_transfers(s, wanted)
+
+
 def wanted_by(s: Session, rule_id: int, pairs: list[tuple[int, int]]) -> sa.Subquery:
     """What `provide` takes, for pairs that this rule wants."""
     batch = rows_of(s, "wanted_pairs", PAIR, pairs)

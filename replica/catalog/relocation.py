@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from replica.catalog import locks, outbox, placing, reasons, usage
+from replica.catalog import hops, locks, outbox, placing, reasons, usage
 from replica.catalog.bulk import Columns, rows_of
 from replica.catalog.membership import Unguessed, files_of, is_covered, is_wished, literal, of_pair
 from replica.catalog.provision import is_stuck
@@ -75,7 +75,9 @@ def let_go(s: Session, rule_id: int, limit_files: int) -> int:
     copies = [(lock.unit_id, lock.endpoint_id) for lock in slice_]
     for part in _parts(s, copies):
         # What no other rule has a lock on, and this one only surplus ones.
-        locks.stop_unfinished(s, part, lambda f, e: sa.or_(is_covered(f, e, rule_id), is_wished(f, e, rule_id)))
+        locks.stop_unfinished(
+            s, part, lambda f, e: sa.or_(is_covered(f, e, rule_id), is_wished(f, e, rule_id), hops.is_hop(f, e))
+        )
     batch = rows_of(s, "let_go", UNIT, copies)
     recount(s, rule_id, batch)
     s.execute(

@@ -33,6 +33,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from replica.catalog import hops
 from replica.catalog.bulk import ids_of
 from replica.catalog.membership import Computed, Unguessed, any_of, is_covered, literal
 from replica.catalog.provision import LIVE, is_live
@@ -151,6 +152,8 @@ def verdict(now: datetime, why: Why | None, possible: Possible = Possible()) -> 
         guards += [(is_covered(replicas.c.file_id, replicas.c.endpoint_id), "locked")]
     if possible.travelling:
         guards += [(is_live(replicas.c.file_id, replicas.c.endpoint_id), "arriving"), (is_being_read(), "being_read")]
+        # Of a route in force the transfer has not ended.
+        guards += [(hops.is_hop(replicas.c.file_id, replicas.c.endpoint_id), "reserved")]
     guards += [(sa.not_(sa.or_(is_good_elsewhere(), may_be_last)), "last_copy")]
     if possible.travelling:
         guards += [(sa.and_(is_last_source(), sa.not_(is_leftover())), "last_source")]

@@ -181,7 +181,7 @@ def _fit(s: Session, rule: sa.Row[Any], those: Sequence[tuple[int, int, int]]) -
     freed = sa.or_(
         sa.and_(transfers.c.state == literal(TransferState.WAITING), transfers.c.reason_code == SUSPENDED, goes_on),
         # It may be that other sources are allowed now.
-        sa.and_(queued, transfers.c.reason_code == "no_source", goes_on),
+        sa.and_(queued, transfers.c.reason_code.in_(("no_source", "no_link", "no_route")), goes_on),
     )
     activity = sa.case((transfers.c.rule_id == rule.id, sa.literal(rule.activity)), else_=transfers.c.activity)
     changed = s.execute(

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import cursors, dids, guards, provision, reasons, sites
+from replica.catalog import cursors, dids, guards, hops, provision, reasons, routes, sites
 from replica.catalog.bulk import rows_of
 from replica.catalog.holdups import Holdups
 from replica.catalog.membership import Computed, any_of, closure_of, covering, files_of, units
@@ -42,6 +42,8 @@ def get(s: Session, transfer_id: int) -> wire.Transfer:
         raise _missing(transfer_id)
     told = _transfer(row, Holdups(s))
     told.also_from = _also_from(s, row)
+    told.route = routes.of_transfer(s, row.id)
+    told.step_for = routes.served_by(s, row.file_id, row.target_id)
     if row.state is TransferState.DONE:
         done = sa.select(attempts.c.bytes).where(attempts.c.transfer_id == transfer_id, attempts.c.outcome == "done")
         told.moved_bytes = s.execute(done).scalar()
@@ -104,6 +106,8 @@ def cancel(s: Session, transfer_id: int) -> wire.Transfer:
     provision.cancel(s, transfers.c.id == transfer_id, "cancelled", "a person cancelled it")
     pair = rows_of(s, "cancelled", PAIR, [(row.file_id, row.target_id)])
     touched = provision.count_stuck(s, pair, 1)
+    hops.not_coming(s, pair)
+    s.wake.add(hops.PASS)
     message = f"transfer {transfer_id} was cancelled by a person"
     reasons.add(s, [reasons.Found(r, "cancelled", row.target_id, message, _CANCELLED_HINT, 1) for r in touched])
     settle(s, touched)

@@ -42,6 +42,9 @@ HELPS = {
     "unreachable": "mount its disk; a new folder is made ready by `replica endpoint prepare`",
     "forbidden": "give the worker's user the right to do this there; what is mounted read-only, remount",
     "no_source": "register a good copy, allow its endpoint as a source, or switch reading on there",
+    "no_link": "wait: a way over other endpoints is looked for",
+    "no_route": "allow a link, or let an endpoint be a step: `replica endpoint set NAME --attribute hop=true`",
+    "hops": "nothing needs to be done; `replica transfer show` says where it is",
     "writing_off": "switch writing on again: `replica endpoint unban`",
     "path_taken": "delete one of the two files, or register one of them under another path",
 }

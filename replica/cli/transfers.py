@@ -131,6 +131,17 @@ def _tell(out: Any, found: wire.Transfer) -> None:
         out.lines(found, [f"{found.id}  {found.state}  {_percent(found)}  {found.did}  {way}{reason}"])
 
 
+def _way(route: wire.Route | None) -> str | None:
+    if route is None:
+        return None
+    hops = (
+        f"{hop.endpoint} ({hop.state}{'' if hop.transfer is None else f', transfer {hop.transfer}'})"
+        for hop in route.hops
+    )
+    way = " → ".join((route.source, *hops, route.target))
+    return way if route.outcome is None else f"{way}: {route.outcome}, {route.reason}"
+
+
 def _print(found: wire.Transfer) -> None:
     output().one(
         found,
@@ -141,6 +152,8 @@ def _print(found: wire.Transfer) -> None:
             ("source", found.source),
             ("why from there", found.source_why),
             ("also from", ", ".join(found.also_from) or None),
+            ("route", _way(found.route)),
+            ("a step for", ", ".join(map(str, found.step_for)) or None),
             ("target", found.target),
             ("size", human_size(found.bytes)),
             ("done", _percent(found)),

@@ -476,6 +476,7 @@ LIVE_TRANSFER = text(
 )
 QUEUED_TRANSFER = text(f"state = {TransferState.QUEUED.value}")
 READY_TRANSFER = text(f"state = {TransferState.QUEUED.value} AND not_before IS NULL")
+UNROUTED_TRANSFER = text(f"state = {TransferState.QUEUED.value} AND reason_code = 'no_link'")
 PARKED_TRANSFER = text(f"state = {TransferState.QUEUED.value} AND not_before IS NOT NULL")
 LEASED_TRANSFER = text(
     "state IN ({})".format(", ".join(str(s.value) for s in TransferState if s in states.TRANSFER_LEASED))
@@ -549,6 +550,8 @@ transfers = Table(
     ),
     Index("ix_transfers_lease_until", "lease_until", postgresql_where=LEASED_TRANSFER, sqlite_where=LEASED_TRANSFER),
     Index("ix_transfers_file_id", "file_id", "target_id"),
+    # What no copy may go to directly, and nobody has found a way for yet.
+    Index("ix_transfers_unrouted", "id", postgresql_where=UNROUTED_TRANSFER, sqlite_where=UNROUTED_TRANSFER),
 )
 
 reads = Table(
@@ -660,6 +663,40 @@ breakers = Table(
     # The claim that probes it; when that is over, however it ended, there is no probe.
     Column("probe_transfer", BigInteger),
     Column("probe_epoch", Integer),
+)
+
+OPEN_ROUTE = text("closed_at IS NULL")
+
+routes = Table(
+    "routes",
+    metadata,
+    # The plan by which a file comes to a target over other endpoints, since no copy of it may go there directly.
+    Column("id", Id, primary_key=True),
+    Column("transfer_id", Id, nullable=False),  # that it serves
+    Column("file_id", Id, nullable=False),
+    Column("target_id", Id, nullable=False),
+    Column("source_id", Id, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    # Since when nothing is kept for it, and how it ended: done | cancelled | failed.
+    Column("closed_at", Instant),
+    Column("outcome", String(16)),
+    Column("reason", String(2_000), nullable=False, server_default=""),
+    Column("failed_id", Id),  # the hop that it failed at, which the next plan leaves out for a time
+    Index("uq_routes_open", "transfer_id", unique=True, postgresql_where=OPEN_ROUTE, sqlite_where=OPEN_ROUTE),
+    Index("ix_routes_transfer_id", "transfer_id"),
+)
+
+route_hops = Table(
+    "route_hops",
+    metadata,
+    # Its steps. While it is open the replica there is reserved: nobody deletes it or stops its transfer.
+    Column("route_id", Id, primary_key=True, autoincrement=False),
+    Column("place", SmallInteger, primary_key=True, autoincrement=False),  # from 1
+    Column("file_id", Id, nullable=False),
+    Column("endpoint_id", Id, nullable=False),
+    Column("made", Boolean, nullable=False),  # the replica is there only for routes: it goes when the last has ended
+    Column("closed_at", Instant),  # as the route's
+    Index("ix_route_hops_open", "file_id", "endpoint_id", postgresql_where=OPEN_ROUTE, sqlite_where=OPEN_ROUTE),
 )
 
 LIVE_DELETION = text(

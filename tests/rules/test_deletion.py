@@ -35,6 +35,7 @@ GONE = Facts(ReplicaState.AVAILABLE, released_at=NOW - timedelta(days=1))
         ({"arriving": True}, "arriving"),
         ({"being_read": True}, "being_read"),
         ({"last_source": True}, "last_source"),
+        ({"reserved": True}, "reserved"),
     ],
 )
 def test_nobodys_wish_and_no_need_lifts_a_guard(change, reason):

@@ -9,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 from pytest import MonkeyPatch
 
-from replica.catalog import fsck, locks, rules
+from replica import wire
+from replica.catalog import endpoints, fsck, locks, routes, rules
 from replica.db.engine import Database, Session
 from rules.errors import Invalid
 from rules.transfers import RetryPolicy
@@ -28,7 +29,7 @@ def healthy(db: Database) -> World:
     """A bit of everything: nested contents; rules that are OK, stuck, on their way, over; leases, failures, ends."""
     world = World(db)
     world.three()
-    world.endpoint("HZDR-TWO", "HZDR", capacity=50 * KB)
+    world.endpoint("HZDR-TWO", "HZDR", capacity=50 * KB, hop="true")
     whole = world.collection("whole")
     world.files(4, "DESY-DISK", whole)
     both = world.collection("both", "container")
@@ -55,6 +56,14 @@ def healthy(db: Database) -> World:
     world.files(1, "DESY-DISK", ended)
     rule = world.rule(ended, "HZDR-DISK|GSI-DISK")
     world.delete(rule)
+    over = world.collection("over")
+    world.files(2, "HZDR-DISK", over)
+    with db.write() as s:
+        endpoints.set_link(s, wire.LinkChange(source="HZDR-DISK", target="DESY-DISK", allowed=False))
+    world.rule(over, "DESY-DISK")
+    world.claim("DESY")
+    with db.write() as s:
+        assert routes.plan(s) == 2
     return world
 
 
@@ -270,6 +279,21 @@ PLANTS = [
         "INSERT INTO attempts (transfer_id, epoch, outcome, at)"
         f" SELECT transfer_id, epoch, 'failed', 0 FROM attempts WHERE transfer_id = {DONE}",
     ),
+    plant("route-transfer", f"UPDATE routes SET target_id = {at('GSI-DISK')} WHERE file_id = {first_of('over')}"),
+    plant(
+        "route-transfer",
+        f"UPDATE route_hops SET endpoint_id = {at('DESY-DISK')} WHERE file_id = {first_of('over')}",
+    ),
+    plant("route-closed", f"UPDATE routes SET outcome = 'done' WHERE file_id = {first_of('over')}"),
+    plant("route-closed", f"UPDATE route_hops SET closed_at = 5 WHERE file_id = {first_of('over')}"),
+    plant("route-closed", f"DELETE FROM route_hops WHERE file_id = {first_of('over')}"),
+    plant(
+        "route-reserved",
+        f"DELETE FROM replicas WHERE file_id = {first_of('over')} AND endpoint_id = {at('HZDR-TWO')}",
+        "endpoint-used",
+        "transfer-replica",
+    ),
+    plant("route-waiting", f"UPDATE routes SET transfer_id = -1 WHERE file_id = {first_of('over')}", "route-transfer"),
     plant("transfer-reads", f"INSERT INTO reads VALUES ({CLAIMED}, 2, {at('GSI-DISK')})"),
     plant("transfer-reads", f"INSERT INTO reads VALUES ({CLAIMED}, 1, {at('HZDR-DISK')})"),
     plant(

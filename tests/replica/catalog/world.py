@@ -306,7 +306,9 @@ class World:
                         if lock.endpoint_id == p[1] and p[0] in files_of(lock.unit_id)
                     )
                     assert r.tombstone_at is None or not worked_off, f"{p} is locked and may be deleted"
-                if r.state is ReplicaState.COPYING and p not in covered and r.evidence is not Evidence.DECLARED:
+                step = any(h.closed_at is None and (h.file_id, h.endpoint_id) == p for h in rows(t.route_hops))
+                wanted = p in covered or step or r.evidence is Evidence.DECLARED
+                if r.state is ReplicaState.COPYING and not wanted:
                     assert r.tombstone_at is not None, f"{p} is wanted by nobody, and nobody clears it away"
 
             for rule in rows(t.rules):
