@@ -25,7 +25,8 @@ never two copies in one failure domain, never more than fits; and for what canno
 candidate. `changes` says which copies a rule keeps when it wishes something else, and `relocation` which copies are
 brought elsewhere, as their endpoint is drained or nothing arrives there any more. `approval` says whether a person must
 be asked first, and `estimates` when copies will be there, as far as links were measured. `sources` ranks the copies a
-transfer can read from. `transfers` says what follows a failed attempt: another one after how long a pause, or the end.
+transfer can read from, and says why and from how many at once; `routes` finds a way over other endpoints where no
+direct one is allowed. `transfers` says what follows a failed attempt: another one after how long a pause, or the end.
 Of what is queued, `shares` says whose turn it is, `lanes` in which order the heads of a queue go, `limits` what must
 wait because as much as may be is in flight already; `concurrency` says how much that should be by what was measured,
 with FTS3's way of doing so in `concurrency_fts` to compare; and `breakers` which endpoints are left alone since
