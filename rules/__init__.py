@@ -35,7 +35,8 @@ they failed.
 events somebody wants, and says when a server that did not take them is tried again. `quotas` says what an account may
 still keep where. `deletion` says which copies must stay whatever the need, and how many may go.
 `integrity` says when a doubt about a copy becomes a verdict, when too many doubts speak of the storage instead, and how
-fast what is kept may be read again.
+fast what is kept may be read again. `reconciling` says when the comparison of an endpoint with the catalogue is
+believed, and when it is too bad to be true.
 `permissions` says what an actor may do, and denies everything else.
 
 A rule's life shows how they join: `permissions` lets the account ask; `expressions` turns the wish into candidates;

@@ -52,6 +52,7 @@ COLUMNS = {
     "test_webdav_conformance.TestXRootD": Column(WEBDAV, _DAV, "XRootD"),
     "test_s3.TestMoto": Column(S3, _S3, "moto"),
     "test_s3.TestRclone": Column(S3, _S3, "rclone"),
+    "test_s3.TestStrict": Column(S3, _S3, "conditions and digests kept"),
     "test_sftp.TestSftp": Column("replica.storage.sftp:SftpStorage", ("sftp",), "OpenSSH"),
     "test_xrootd.TestXRootD": Column(XROOTD, ("root", "roots"), "XRootD"),
     "test_xrootd.TestItsDiskIsNotMounted": Column(XROOTD, ("root", "roots"), "XRootD, no disk"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from replica.storage import copy
+from replica.storage import copy_stream
 from tests.scenarios.faults_in_flight import PLACES, play
 
 
@@ -20,6 +20,6 @@ async def test_an_engine_that_does_not_verify_is_found_out(monkeypatch, place):
     async def trusting(*_):
         return "nothing"
 
-    monkeypatch.setattr(copy, "_prove", trusting)
+    monkeypatch.setattr(copy_stream.Stream, "_prove", trusting)
     told = await play([place], faults=12, seed=1, lanes=3, seconds=30, quiet_seconds=2, kinds=["up_flip"])
     assert any("reported done" in wrong and "1 of them wrong" in wrong for wrong in told["wrong"])

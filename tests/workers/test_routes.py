@@ -69,4 +69,4 @@ def test_files_come_over_two_sites_and_leave_nothing_there(tmp_path: Path) -> No
         until(lambda: not stored(disks["G"]) and not stored(disks["H"]))
         assert stored(disks["A"]) == FILES
         assert stored(disks["B"]) == FILES
-        assert [client.endpoints.show(f"{name}-DISK").used_bytes for name in "GH"] == [0, 0]
+        until(lambda: [client.endpoints.show(f"{name}-DISK").used_bytes for name in "GH"] == [0, 0])

@@ -129,14 +129,14 @@ def test_hashing_later_makes_a_declared_replica_available(world: Database) -> No
         assert endpoints.get(s, "desy-1").used_bytes == 7
 
 
-def test_a_bad_replica_becomes_good_by_being_read_and_is_verified_when_only_declared(world: Database) -> None:
+def test_a_bad_replica_is_verified_by_its_site_whoever_says_that_it_is_good(world: Database) -> None:
     bad = sa.update(tables.replicas).values(state=ReplicaState.BAD)
     with world.write() as s:
         register(s, new("a"), new("b"))
         s.execute(bad)
-        register(s, new("a"))
+        assert register(s, new("a")).to_verify == 1
         assert register(s, new("b"), evidence="declared").to_verify == 1
-        assert located(s, "test:a")[0].state == "available" and located(s, "test:b")[0].state == "copying"
+        assert located(s, "test:a")[0].state == located(s, "test:b")[0].state == "copying"
 
 
 def test_what_is_being_deleted_cannot_be_registered(world: Database) -> None:
@@ -355,7 +355,7 @@ def test_two_thousand_files_take_as_many_statements_as_ten(
     few, many = cost("few", 10), cost("many", 2_000)
     assert few == many
     with world.read() as s:
-        assert s.postgresql is False or (max(many) <= 37 and many[0] <= 25)
+        assert s.postgresql is False or (max(many) <= 39 and many[0] <= 25)
 
 
 def test_a_page_of_replicas_costs_the_same_in_a_small_and_in_a_large_dataset(

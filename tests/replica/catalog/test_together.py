@@ -110,7 +110,7 @@ def test_everything_at_once_leaves_nothing_uncounted(world: World) -> None:
         dice = random.Random(seed)
 
         def run() -> None:
-            while time.monotonic() < until and not wrong:
+            while (time.monotonic() < until or sum(told.values()) <= 50) and not wrong:
                 try:
                     verb(dice)
                     outcome = "done"
