@@ -5,7 +5,8 @@ Given     the target's file, believed damaged; good sources, best first; what th
 Returns   Repaired: how many chunks were moved, and the Copied of the new file.
 Promises  the damaged file is never written to: a new one is made of its good chunks and of fetched ones, proven whole
           against the catalogue, and gets the name after the damaged one was moved to quarantine. Whatever goes wrong
-          before that, the damaged file is where it was. A file that is whole is left alone.
+          before that, the damaged file is where it was. A file that is whole is left alone. (A file that can only be
+          copied as a whole may be moved to quarantine before the first byte is copied.)
 Partner   replica.storage.chunked moves, proves and publishes; who finds the damage (a scrub, a reader) calls this.
 
 With a manifest nothing is read from a source but the damaged chunks. Without one the source is read once, beside the
@@ -18,7 +19,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from replica.storage import chunks as maps
 from replica.storage.adoption import refuse_same
@@ -33,7 +34,7 @@ from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage, drop_cache
 from replica.storage.threads import in_thread
 from rules.checksums import Agreement, Checksums
-from rules.errors import SourceMissing, StorageError
+from rules.errors import Permanent, SourceMissing, StorageError, Transient
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ async def repair(
     """`manifest`: number → xxh3_128 of the right chunks of `chunks.CHUNK_BYTES`.
 
     Idempotent. Raises as replica.storage.copy. A target that writes no ranges, or a file without a strong checksum, is
-    copied as a whole from the first source.
+    copied as a whole, from the sources in turn.
     """
     control = control or Control()
     began = time.perf_counter()
@@ -69,7 +70,7 @@ async def repair(
         await refuse_same(source.storage, source.path, target, target_path)
     layout = Layout(expected.size_bytes, maps.CHUNK_BYTES)
     if not sources or not by_chunks(target, expected):
-        return await _whole(target, target_path, sources, lineage, expected, control, before_publish, layout)
+        return await _whole(target, target_path, sources, lineage, expected, control, before_publish, on_failure)
     control.phase = "verifying"
     there, values = await _look(target, target_path, layout, expected, control)
     if len(there) == layout.count and values.compare(expected.checksums) is Agreement.AGREE:
@@ -180,19 +181,33 @@ async def _whole(
     expected: Expected,
     control: Control,
     permit: Callable[[], None] | None,
-    layout: Layout,
+    on_failure: OnFailure | None,
 ) -> Repaired:
-    if not sources:
-        raise SourceMissing(f"{target.name}: no source was given to repair {path} from", side="source", path=path)
-    copied = await copy_file(
-        sources[0].storage,
-        sources[0].path,
-        target,
-        path,
-        tag=lineage.new_part().rpartition("/")[2],
-        expected=expected,
-        control=control,
-        before_publish=permit,
+    failure: StorageError | None = None
+    for source in sources:
+        try:
+            copied = await copy_file(
+                source.storage,
+                source.path,
+                target,
+                path,
+                tag=lineage.new_part().rpartition("/")[2],
+                expected=expected,
+                control=control,
+                before_publish=permit,
+            )
+        except StorageError as error:
+            if error.side != "source":
+                raise
+            if not (isinstance(failure, Transient) and isinstance(error, Permanent)):
+                failure = error  # the one that may pass is told: while it may, not all is lost
+            if on_failure is not None:
+                on_failure(source, error)
+            control.bytes_done = 0
+        else:
+            chunks = range(Layout(expected.size_bytes, maps.CHUNK_BYTES).count)
+            damaged = () if copied.adopted else tuple(chunks)
+            return Repaired(replace(copied, source=source.storage.name), damaged, maps.CHUNK_BYTES)
+    raise failure or SourceMissing(
+        f"{target.name}: no source was given to repair {path} from", side="source", path=path
     )
-    damaged = () if copied.adopted else tuple(range(layout.count))
-    return Repaired(copied, damaged, layout.chunk_bytes)

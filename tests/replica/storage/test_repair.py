@@ -175,3 +175,16 @@ async def test_a_weak_checksum_decides_nothing_so_the_whole_is_copied(places):
     healed = await heal(source, target, expected_of(CONTENT, "adler32"))
     assert target.behind.get("b/g") == CONTENT
     assert len(healed.damaged) == CHUNKS
+
+
+async def test_what_is_copied_as_a_whole_is_asked_of_the_next_source_too(make):
+    bad, good, target = make("memory", "BAD"), make("posix", "GOOD"), make("posix", "TARGET")
+    bad.source(CONTENT[:-1] + b"?")
+    good.source()
+    target.behind.put("b/g", b"?" * SIZE)
+    blamed = []
+    weak = expected_of(CONTENT, "adler32")
+    healed = await heal([bad, good], target, weak, on_failure=lambda source, error: blamed.append(source))
+    assert target.behind.get("b/g") == CONTENT
+    assert healed.copied.source == "GOOD"
+    assert [source.storage.name for source in blamed] == ["BAD"]
