@@ -62,7 +62,7 @@ async def ask(wire: Wire, base: str) -> Abilities:
         copy_new = await _copy_new(wire, base + SENTINEL, key, path)
         complete_new = await _complete_new(wire, key, path)
         checksums = await _refuses(wire, base, _CRC, _WRONG, _CRC32C_OF_PROBE)
-        whole = checksums and await _whole_checksums(wire, key, path)
+        whole = checksums and await _whole_checksums(wire, base)
         md5 = put_new and not checksums and await _refuses(wire, base, "Content-MD5", _WRONG_MD5, _MD5_OF_PROBE)
     finally:
         with suppress(ReplicaError):  # what stays is collected by age, as temporaries are
@@ -130,7 +130,10 @@ async def _refuses(wire: Wire, base: str, header: str, wrong: str, right: str) -
             await wire.call("DELETE", key, path=path, returned=(404,))
 
 
-async def _whole_checksums(wire: Wire, key: str, path: str) -> bool:
+async def _whole_checksums(wire: Wire, base: str) -> bool:
+    """Parts are not joined whose digest of the whole is not the one sent, and nothing has the name then."""
+    path = part_path(f"probe.{secrets.token_hex(8)}")
+    key = base + path
     headers = {"x-amz-checksum-algorithm": "CRC32C", "x-amz-checksum-type": "FULL_OBJECT"}
     try:
         upload = await begin(wire, key, path, headers)
@@ -144,6 +147,11 @@ async def _whole_checksums(wire: Wire, key: str, path: str) -> bool:
             return False
         parts = [(part.headers.get("ETag", ""), _CRC32C_OF_PROBE)]
         wrong = {"x-amz-checksum-crc32c": _WRONG, "x-amz-checksum-type": "FULL_OBJECT"}
-        return await complete(wire, key, path, upload, parts, headers=wrong, returned=(400, 412, 422, 501)) != 200
+        if await complete(wire, key, path, upload, parts, headers=wrong, returned=(400, 412, 422, 501)) == 200:
+            return False
+        left = await wire.call("HEAD", key, path=path, returned=(404,))
+        return left.status == 404
     finally:
         await abort(wire, key, path, upload)
+        with suppress(ReplicaError):
+            await wire.call("DELETE", key, path=path, returned=(404,))

@@ -234,6 +234,28 @@ async def test_a_digest_that_is_refused_too_late_is_not_believed(at, here):
     await fresh.close()
 
 
+async def test_parts_that_are_refused_too_late_are_not_believed(at, here):
+    """As above, of a server that joins the parts and refuses their digest then."""
+    storage, proxy, behind = at
+
+    async def too_late(passing):
+        headers = passing.request.headers
+        if passing.request.method != "POST" or headers.get("x-amz-checksum-crc32c") != "AAAAAA==":
+            return None
+        behind.put(passing.request.path.split("/", 2)[2], b"probe")
+        return error_document(400, "BadDigest")
+
+    proxy.fault = too_late
+    fresh = open_storage(storage.url, name="store", credentials=Credentials({storage.url: SETTINGS}))
+    await fresh.prepare()
+    assert (await fresh.digests(1000), await fresh.digests(SIZES[1])) == (("crc32c",), ())
+    content, expected = await file(here, SIZES[1])
+    assert (await copy_file(here, "f", fresh, "f", tag="t1", expected=expected)).verified_by == "read back"
+    assert behind.get("f") == content
+    assert not [path for path in behind.paths() if "probe" in path]
+    await fresh.close()
+
+
 async def test_nothing_is_sent_to_a_bucket_that_is_another_endpoints(at, here, monkeypatch):
     storage, _, behind = at
     monkeypatch.setattr("replica.storage.s3_home.SEEN_SECONDS", 0.0)
