@@ -97,10 +97,11 @@ class _Connection(asyncio.Protocol):
         self._transport.write(request)
         try:
             return await self._answer
+        except BaseException:
+            self.close()  # whatever comes now answers nobody; cancelled at the last moment, it may even be complete
+            raise
         finally:
             self._answer = None
-            if not self._complete:
-                self.close()  # whatever comes now answers nobody
 
     @property
     def may_stay(self) -> bool:
