@@ -120,13 +120,13 @@ class Claims:
     @asynccontextmanager
     async def holding(self, final: str) -> AsyncIterator[Held]:
         """TargetExists: there is something by now. Busy: somebody else publishes there."""
-        token = await self._token()
         claim = f"{CLAIMS}/{hashlib.sha256(final.encode()).hexdigest()[:32]}"
+        await self._bring_home(claim)
+        token = await self._token()
         try:
-            await self._bring_home(claim)
             await self._claim(claim, token, final)
         except BaseException:
-            self._in_background(self._give_back(token))
+            self._in_background(self._give_back(token, claim))
             raise
         held = Held()
         try:
@@ -241,9 +241,9 @@ class Claims:
 
     async def _bring_home(self, claim: str) -> None:
         """If we are still on that claim, begin anew: others may have seen us there since long."""
-        for token in [token for token in self._free if token.at == claim]:
+        while (token := next((token for token in self._free if token.at == claim), None)) is not None:
             if self._take(token):
-                await self._give_back(token)
+                await asyncio.shield(self._in_background(self._give_back(token)))
 
     def _take(self, token: _Token) -> bool:
         with suppress(ValueError):  # somebody else has it
@@ -251,10 +251,13 @@ class Claims:
             return True
         return False
 
-    async def _give_back(self, token: _Token) -> None:
-        # What stays behind when this fails harms nobody: there is something under that name, and who asks sees it.
+    async def _give_back(self, token: _Token, wanted: str = "") -> None:
+        """Bring it home from where it lies, or from the claim that it was `wanted` for, if it went there after all."""
+        # What stays behind when this fails is found stale, if anybody wants that name while there is nothing under it.
         with suppress(StorageError):
             home = _own(token.who)
+            if token.doubtful and wanted and await self._holder(wanted) == token.who:
+                token.at = wanted
             if token.at == home or await self._storage.move(token.at, home, folder=True) is None:
                 token.at = home
                 if not token.doubtful:

@@ -245,6 +245,37 @@ async def test_a_small_answer_is_read_exactly_or_not_at_all(answer, status, stay
     server.close()
 
 
+async def test_a_connection_is_closed_when_its_answer_came_too_late():
+    """Who was cancelled at the moment of the answer has no use for it, and nobody else has the connection."""
+    accepted, closed = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        accepted.set()
+        await reader.read()
+        closed.set()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    base = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    quick, made = Quick(base, True, idle_seconds=4), []
+    connect = quick._connect
+
+    async def noted():
+        made.append(await connect())
+        return made[0]
+
+    quick._connect = noted
+    asking = asyncio.create_task(quick.ask("GET", f"{base}/f", {}, None, SimpleNamespace()))
+    await accepted.wait()
+    made[0].data_received(_OK + b"Content-Length: 5\r\n\r\nhello")
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+    await asyncio.wait_for(closed.wait(), 5)
+    server.close()
+
+
 async def test_a_header_of_ours_holds_no_line_break():
     quick = Quick("http://127.0.0.1:9", True, idle_seconds=4)
     for headers, path in (({"X": "a\r\nY: b"}, "/f"), ({"X\n": "a"}, "/f"), ({}, "/f HTTP/1.1\r\nX: y")):
@@ -615,6 +646,48 @@ async def test_who_has_published_is_in_nobodys_way(apache, monkeypatch):
     await two.close()
     left = [path.name for path in (apache.data / "parked/.replica/publish").iterdir()]
     assert left == []
+
+
+async def test_a_publisher_who_was_cancelled_while_he_claimed_blocks_nobody(apache, monkeypatch):
+    one, two = (WebdavStorage(f"{apache.url}/cancelled", name="dav") for _ in range(2))
+    await one.prepare()
+    await write(one, part_path("t1"), b"x")
+    await one.publish(part_path("t1"), "e")  # its claim goes on from here to the next name
+    await write(one, part_path("t2"), b"x")
+    move = one.move
+
+    async def cut(path, to, *arguments, **more):
+        await move(path, to, *arguments, **more)
+        monkeypatch.undo()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(one, "move", cut)
+    with pytest.raises(asyncio.CancelledError):
+        await one.publish(part_path("t2"), "f")
+    await write(two, part_path("t3"), b"y")
+    await two.publish(part_path("t3"), "f")
+    assert await read_all(two, "f") == b"y"
+    for storage in (one, two):
+        await storage.close()
+
+
+async def test_a_claim_is_begun_anew_for_the_name_that_was_claimed_last(apache, monkeypatch):
+    """A folder that never left would look like that of somebody who died."""
+    storage = WebdavStorage(f"{apache.url}/anew", name="dav")
+    await storage.prepare()
+    move, moves = storage.move, []
+
+    async def told(path, to, *arguments, **more):
+        moves.append((path, to))
+        return await move(path, to, *arguments, **more)
+
+    monkeypatch.setattr(storage, "move", told)
+    for number in range(2):
+        await write(storage, part_path(f"t{number}"), b"x")
+        await storage.publish(part_path(f"t{number}"), "f")
+        await storage.delete("f")
+    assert not [path for path, to in moves if path == to]
+    await storage.close()
 
 
 async def write_and_publish(storage, final):
