@@ -148,6 +148,8 @@ class Mover:
         self._room = asyncio.Event()
         self._holding = asyncio.Event()
         self._to_report = asyncio.Event()
+        if self._outcomes:
+            self._to_report.set()
         self._carrier = Carrier(self._storages, self._finish, concurrency=self.concurrency)
         self.remover = Remover(
             self._speak,
@@ -203,6 +205,10 @@ class Mover:
             for held in self._held.values():
                 held.control.stop()
             await asyncio.gather(*slots, claimer, *beside, *others, *self._background, return_exceptions=True)
+            # Should something have broken, who begins anew has no outcome for these: their leases must end.
+            self._held.clear()
+            self._waiting.clear()
+            self._waiting_bytes = 0
             with self._state_lock:
                 self._loop = None
             self.busy_since = None

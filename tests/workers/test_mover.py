@@ -614,3 +614,25 @@ def test_a_mover_in_a_thread_begins_anew_after_what_should_never_happen():
     thread.join(5)
     assert not thread.is_alive()
     assert mover.lives == 2
+
+
+async def test_what_was_held_when_a_mover_broke_is_given_to_somebody(centre, world, monkeypatch):
+    """Begun anew, it has no outcome for it: it must not keep the lease for ever."""
+
+    async def broken(self: object, job: object) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("never happens")
+
+    centre.lease_seconds = 0.5
+    centre.add(world.order("a", b"small"))
+    monkeypatch.setattr(carrying.Carrier, "carry", broken)
+    mover = mover_module.Mover(centre.url, lambda: centre.token, poll_seconds=1000.0, stop_seconds=3.0)
+    with pytest.raises(RuntimeError):
+        await mover.run()
+    again = asyncio.create_task(mover.run())
+    await until(lambda: centre.requeue_lost() == 1)
+    mover.wake()
+    await centre.wait_for(1)
+    assert (centre.outcomes[0].outcome, centre.outcomes[0].epoch) == ("done", 2)
+    mover.stop()
+    await again
