@@ -20,7 +20,6 @@ import re
 import sys
 import threading
 import time
-from functools import cache
 from pathlib import Path
 
 #: Fewer are not worth waiting for what others wrote.
@@ -69,8 +68,8 @@ def raise_failure(descriptor: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-@cache
 def _is_known(device: int) -> bool:
+    """Looked up each time: a disk that is mounted later may have the number of one that is gone."""
     if sys.platform != "linux" or _kernel() < _TELLS_ERRORS:
         return False
     number = f"{os.major(device)}:{os.minor(device)}"

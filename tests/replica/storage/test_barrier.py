@@ -12,9 +12,6 @@ from replica.storage import barrier
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.setattr(barrier, "_avoided", {})
-    barrier._is_known.cache_clear()
-    yield
-    barrier._is_known.cache_clear()
 
 
 @pytest.fixture
@@ -40,6 +37,15 @@ def test_it_is_believed_only_on_file_systems_of_which_it_is_known(folder, monkey
     mounted_as(monkeypatch, folder, kind)
     assert barrier.everything_durable(folder, 100) is done
     assert bool(asked) is done
+
+
+def test_another_disk_may_come_to_the_same_number(folder, monkeypatch):
+    monkeypatch.setattr(barrier, "_syncfs", lambda _: 0)
+    mounted_as(monkeypatch, folder, "ext4")
+    assert barrier.everything_durable(folder, 100)
+    monkeypatch.undo()
+    mounted_as(monkeypatch, folder, "vfat")
+    assert not barrier.everything_durable(folder, 100)
 
 
 def test_a_kernel_that_does_not_tell_errors_is_not_believed(folder, monkeypatch):
