@@ -4,6 +4,7 @@ Given     a file system, by the descriptor of anything on it, and how many files
 Returns   whether everything written there before is durable now; if not, each file needs an fsync of its own.
 Promises  it says so only on file systems and kernels of which it is known: `syncfs` of ext4 and XFS writes out data,
           sizes and names, and tells errors since Linux 5.8; FUSE and some others may answer without doing anything.
+          An fsync after it flushes the device's cache, which ext4 without a journal does too early.
           A single file's failed write is told by `raise_failure`, as its own fsync would have told it.
 Partner   replica.storage.copy_local, for batches of small files.
 
@@ -51,6 +52,7 @@ def everything_durable(descriptor: int, files: int) -> bool:
     if _syncfs(ctypes.c_int(descriptor)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+    os.fsync(descriptor)  # flushes the device: ext4 without a journal writes names after its own flush
     ended = time.monotonic()
     if ended - began > LONG_SECONDS + files * LONG_SECONDS_A_FILE:
         with _lock:

@@ -39,6 +39,16 @@ def test_it_is_believed_only_on_file_systems_of_which_it_is_known(folder, monkey
     assert bool(asked) is done
 
 
+def test_the_device_is_flushed_after_the_last_write(folder, monkeypatch):
+    """Without a journal, ext4 flushes the device's cache in the middle of `syncfs` and writes names after that."""
+    done = []
+    monkeypatch.setattr(barrier, "_syncfs", lambda _: done.append("syncfs") or 0)
+    monkeypatch.setattr(barrier.os, "fsync", lambda descriptor: done.append(descriptor))
+    mounted_as(monkeypatch, folder, "ext4")
+    assert barrier.everything_durable(folder, 100)
+    assert done == ["syncfs", folder]
+
+
 def test_another_disk_may_come_to_the_same_number(folder, monkeypatch):
     monkeypatch.setattr(barrier, "_syncfs", lambda _: 0)
     mounted_as(monkeypatch, folder, "ext4")
