@@ -40,8 +40,9 @@ the others stay ours, and where it does not work we go through all of them.
 An S3 server that compares a digest in the act that gives the name needs no temporary (replica.storage.s3_direct): there
 steps 2 and 4 to 7 are one request, made after steps 3 and 6, and nothing has the name before the digest was compared.
 
-Large files are read back and written out in windows, one thread writing while another proves. Where an interrupted
-copy shall be gone on with, or several sources are used at once, replica.storage.chunked takes the same steps.
+Large files are proven in windows, behind the writer: from the cache the writer reads each piece back himself while
+another thread writes out; from the device that thread does both. Where an interrupted copy shall be gone on with, or
+several sources are used at once, replica.storage.chunked takes the same steps.
 
 The rooms: this file is the entry; copy_stream the way through the contract; copy_local the way between two folders,
 with the proof in proof; adoption looks at what has the name already; judging holds the values and the errors of all.

@@ -1,4 +1,4 @@
-"""The copy between two folders of this machine: no event loop, one thread and another one for the proof.
+"""The copy between two folders of this machine: no event loop, one thread and, for a large file, one behind it.
 
 Given     as replica.storage.copy, whose steps these are; a batch of small files takes each step for many at a time.
 Returns   Copied.
