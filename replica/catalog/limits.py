@@ -63,37 +63,45 @@ def known(s: Session) -> dict[Key, Limit]:
 def in_flight(s: Session, *, of_people: bool = True) -> dict[Key, Load]:
     """`of_people`: also of activities and accounts, for which rules are looked up."""
     t = transfers
-    whose = (t.c.activity, rules.c.account_id) if of_people else (sa.literal("").label("activity"), sa.null())
-    by = (t.c.target_id, t.c.reads_id, *(whose if of_people else ()))
-    query = (
+    whose: tuple[Any, Any] = (
+        (t.c.activity, rules.c.account_id)
+        if of_people
+        else (sa.literal("").label("activity"), sa.cast(sa.null(), sa.BigInteger()))
+    )
+    first = (
         sa.select(
             t.c.target_id,
-            t.c.reads_id,
+            t.c.reads_id.label("source_id"),
             whose[0],
             whose[1].label("account_id"),
-            sa.func.count().label("files"),
-            sa.func.sum(t.c.size_bytes).label("bytes"),
-            sa.func.sum(parts_sql()).label("parts"),
+            *_amount(),
         )
         .select_from(t.outerjoin(rules, rules.c.id == t.c.rule_id) if of_people else t)
         .where(any_of(t.c.state, TRANSFER_LEASED))
-        .group_by(*by)
+        .group_by(t.c.target_id, t.c.reads_id, *(whose if of_people else ()))
     )
     loads: dict[Key, Load] = {}
-
-    def add(keys: Iterable[Key], row: sa.Row[Any]) -> None:
+    # One statement for both: a claim that something limits asks this each time.
+    for row in s.execute(sa.union_all(first, _read_as_well())):
+        if row.activity is None:
+            keys = source_keys(row.source_id, row.target_id)
+        else:
+            sources = () if row.source_id is None else (row.source_id,)
+            keys = keys_of(row.target_id, sources, row.activity, row.account_id)
         for key in keys:
             load = loads.setdefault(key, Load())
             load.files += row.files
             load.bytes += int(row.bytes)
             load.parts += int(row.parts)
-
-    for row in s.execute(query):
-        sources = () if row.reads_id is None else (row.reads_id,)
-        add(keys_of(row.target_id, sources, row.activity, row.account_id), row)
-    for row in s.execute(_read_as_well()):
-        add(source_keys(row.source_id, row.target_id), row)
     return loads
+
+
+def _amount() -> tuple[sa.ColumnElement[Any], ...]:
+    return (
+        sa.func.count().label("files"),
+        sa.func.sum(transfers.c.size_bytes).label("bytes"),
+        sa.func.sum(parts_sql()).label("parts"),
+    )
 
 
 def parts_sql() -> sa.ColumnElement[int]:
@@ -103,16 +111,11 @@ def parts_sql() -> sa.ColumnElement[int]:
 
 
 def _read_as_well() -> sa.Select[Any]:
-    """Besides the first source of each claim: few files are large enough for several."""
+    """Besides the first source of each claim, of no activity: few files are large enough for several."""
     t = transfers
+    nobody = sa.cast(sa.null(), sa.String()).label("activity"), sa.cast(sa.null(), sa.BigInteger()).label("account_id")
     return (
-        sa.select(
-            reads.c.source_id,
-            t.c.target_id,
-            sa.func.count().label("files"),
-            sa.func.sum(t.c.size_bytes).label("bytes"),
-            sa.func.sum(parts_sql()).label("parts"),
-        )
+        sa.select(t.c.target_id, reads.c.source_id, *nobody, *_amount())
         .join_from(reads, t, sa.and_(t.c.id == reads.c.transfer_id, t.c.epoch == reads.c.epoch))
         .where(Unguessed(any_of(t.c.state, TRANSFER_LEASED)))
         .group_by(reads.c.source_id, t.c.target_id)
