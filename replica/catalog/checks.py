@@ -585,6 +585,13 @@ def _scrub_reported(s: Session, site_id: int, report: wire.ScrubReport) -> tuple
     return looked, not (report.over or report.trouble)
 
 
+def halted(s: Session, endpoint_id: int) -> str | None:
+    """Why a person is to look at the endpoint before anything there is declared bad unattended; None: nobody need."""
+    here = scrubs.c.endpoint_id == endpoint_id, scrubs.c.halted_at.is_not(None)
+    why: str | None = s.execute(sa.select(scrubs.c.halted_why).where(*here)).scalar()
+    return why
+
+
 def _halt(s: Session, endpoint_id: int, why: str) -> None:
     why = f"{why}. Nothing was declared bad for it"[:2_000]
     s.execute(

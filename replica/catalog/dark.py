@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import accounts, bulk, guards, losses, outbox, scans
 from replica.catalog.bulk import Columns, rows_of
+from replica.catalog.losses import Lost
 from replica.catalog.membership import Unguessed, any_of, by_index, dids_named, literal
 from replica.catalog.provision import LIVE, wake_sites
 from replica.db import tables
@@ -128,11 +129,11 @@ def report(s: Session, site_id: int, report: wire.DarkReport) -> wire.ReportAnsw
         .where(_CLAIMED, findings.c.endpoint_id.in_(of_site))
         .order_by(findings.c.id)
     )
-    endpoint_ids = sorted({row.endpoint_id for row in s.execute(query)})
-    guards.change_endpoints(s, endpoint_ids)
+    before = s.execute(query).all()
+    _doubt(s, [row for row in before if said[row.id].outcome == "removed"])
+    guards.change_endpoints(s, sorted({row.endpoint_id for row in before}))
     rows = s.execute(query.with_for_update(of=findings, key_share=True) if s.postgresql else query).all()
     moved = [row for row in rows if said[row.id].outcome == "removed"]
-    _doubt(s, moved)
     states = {"removed": FindingState.REMOVED, "gone": FindingState.REMOVED}
     values = [
         (row.id, states.get(said[row.id].outcome, FindingState.KEPT).value, said[row.id].message[:2_000])
@@ -155,12 +156,12 @@ def expire_leases(s: Session) -> int:
     open_ = findings.c.state.in_([literal(state) for state in scans.OPEN])
     over = sa.select(findings).where(open_, _CLAIMED, findings.c.lease_until < s.now).order_by(findings.c.id)
     over = over.limit(1_000)
-    endpoint_ids = sorted({row.endpoint_id for row in s.execute(over)})
-    if not endpoint_ids:
+    before = s.execute(over).all()
+    if not before:
         return 0
-    guards.change_endpoints(s, endpoint_ids)
+    _doubt(s, before)
+    guards.change_endpoints(s, sorted({row.endpoint_id for row in before}))
     rows = s.execute(over.with_for_update(of=findings, key_share=True) if s.postgresql else over).all()
-    _doubt(s, rows)
     ids = bulk.ids_of(s, "dark_lost", [row.id for row in rows])
     back = {"state": FindingState.ASKED, "lease_until": None}
     s.execute(findings.update().where(findings.c.id.in_(sa.select(ids.c.id))).values(back))
@@ -168,16 +169,19 @@ def expire_leases(s: Session) -> int:
 
 
 def _doubt(s: Session, moved: Sequence[sa.Row[Any]]) -> None:
-    """A transfer may have found such a file at its target and proven it, right before it was moved away."""
+    """A transfer may have found such a file at its target and proven it, right before it was moved away.
+
+    Nothing is held yet: what is doubted is held first, rules before endpoints.
+    """
+    lost = []
     for endpoint_id in sorted({row.endpoint_id for row in moved}):
         paths = sorted({row.path for row in moved if row.endpoint_id == endpoint_id})
-        now = s.now
-        triples = [
-            (row.file_id, row.endpoint_id, row.generation)
+        lost += [
+            Lost(row.file_id, row.endpoint_id, row.generation, "an unknown file was moved to quarantine from its path")
             for row in _replicas_at(s, endpoint_id, paths)
             if row.state is ReplicaState.AVAILABLE
         ]
-        losses.declare(s, triples, ReplicaState.UNAVAILABLE, looked_at=now)
+    losses.doubt(s, lost)
 
 
 def _replicas_at(s: Session, endpoint_id: int, paths: Sequence[str]) -> list[sa.Row[Any]]:

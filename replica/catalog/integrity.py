@@ -16,7 +16,7 @@ Both hold what they change, in the order of replica.catalog.guards, unless `held
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from replica.catalog.provision import PAIR
 from replica.catalog.removable import is_good_elsewhere
 from replica.catalog.rule_states import look_soon, settle
 from replica.db.engine import Session
-from replica.db.tables import Instant, State, endpoints, files, replicas, rules, suspects, transfers
+from replica.db.tables import Instant, State, dids, endpoints, files, replicas, rules, scopes, suspects, transfers
 from rules.integrity import Why
 from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 
@@ -37,7 +37,7 @@ from rules.states import TRANSFER_LEASED, Evidence, ReplicaState, TransferState
 LAST_COPY_BAD = "last_copy_bad"
 LAST_COPY_HINT = (
     "every copy that is known is bad: register a good one, or have this one looked at again with `replica good`; "
-    "its bytes are still there"
+    "what lies there is kept"
 )
 #: States in which there are bytes to doubt.
 _THERE = (ReplicaState.AVAILABLE, ReplicaState.UNAVAILABLE, ReplicaState.BAD)
@@ -114,10 +114,7 @@ def suspect(s: Session, doubts: Sequence[Doubt], *, why: Why, account_id: int | 
             )
             .values(due_at=s.now, message=batch.c.message)
         )
-    for file_id, endpoint_id in sorted(new):
-        outbox.record(
-            s, "replica.suspicious", file_id, account_id, endpoint_id=endpoint_id, reason=by_pair[file_id, endpoint_id]
-        )
+    _tell(s, "replica.suspicious", {pair: {"reason": by_pair[pair]} for pair in new}, account_id)
     wake_sites_of(s, {endpoint_id for _, endpoint_id in by_pair})
     return len(new)
 
@@ -163,16 +160,8 @@ def declare_bad(
     if declared.last:
         touched.update(_give_up(s, {pair: by_pair[pair] for pair in declared.last}))
     settle(s, touched)
-    for file_id, endpoint_id in declared.bad:
-        outbox.record(
-            s,
-            "replica.bad",
-            file_id,
-            account_id,
-            endpoint_id=endpoint_id,
-            reason=by_pair[file_id, endpoint_id],
-            last_copy=(file_id, endpoint_id) in hopeless,
-        )
+    told = {pair: {"reason": by_pair[pair], "last_copy": pair in hopeless} for pair in declared.bad}
+    _tell(s, "replica.bad", told, account_id)
     return declared
 
 
@@ -186,6 +175,17 @@ def taken_back(s: Session, pairs: Sequence[Pair], account_id: int | None = None)
     """Nobody but a person had said that these are bad, and says so no more: they are what they were before. The caller
     has called `hold` and seen that no worker was sent to rewrite them meanwhile."""
     return _good(s, pairs, evidence=False, account_id=account_id)
+
+
+def not_taken_for_good(s: Session, pairs: Sequence[Pair]) -> set[int]:
+    """These are available, and cannot be shown to be good: they count for no rule until somebody has looked, and are
+    brought anew where one wishes it. The caller holds them; returns the rules concerned, for the caller to settle."""
+    batch = rows_of(s, "not_shown", PAIR, sorted(pairs))
+    s.execute(replicas.update().where(of_pair(batch)).values(state=ReplicaState.UNAVAILABLE))
+    touched = set(provision.count_available(s, batch, -1))
+    if provision.provide(s, _wanted(s, pairs), touched).left_stuck:
+        look_soon(s, touched)
+    return touched
 
 
 def hold(s: Session, pairs: sa.FromClause) -> None:
@@ -404,6 +404,32 @@ def _good(s: Session, pairs: Sequence[Pair], *, evidence: bool, account_id: int 
     s.execute(suspects.delete().where(same.in_(sa.select(batch.c.file_id, batch.c.endpoint_id))))
     if came:
         locks.replicas_became_available(s, rows_of(s, "came_back", PAIR, came))
-    for file_id, endpoint_id in concerned:
-        outbox.record(s, "replica.good", file_id, account_id, endpoint_id=endpoint_id, verified=evidence)
+    _tell(s, "replica.good", {pair: {"verified": evidence} for pair in concerned}, account_id)
     return len(came)
+
+
+def _tell(s: Session, kind: str, what: Mapping[Pair, Mapping[str, Any]], account_id: int | None) -> None:
+    """One event for each, by the names that people know."""
+    if not what:
+        return
+    batch = rows_of(s, "told_by_name", PAIR, sorted(what))
+    query = (
+        sa.select(batch, scopes.c.name.label("scope"), dids.c.name.label("did"), endpoints.c.name.label("endpoint"))
+        .select_from(batch)
+        .join(dids, dids.c.id == batch.c.file_id)
+        .join(scopes, scopes.c.id == dids.c.scope_id)
+        .join(endpoints, endpoints.c.id == batch.c.endpoint_id)
+        .order_by(batch.c.file_id, batch.c.endpoint_id)
+    )
+    for row in s.execute(query).all():
+        more = what[row.file_id, row.endpoint_id]
+        outbox.record(
+            s,
+            kind,
+            row.file_id,
+            account_id,
+            did=f"{row.scope}:{row.did}",
+            endpoint=row.endpoint,
+            endpoint_id=row.endpoint_id,
+            **more,
+        )

@@ -35,11 +35,11 @@ from replica.catalog import (
 )
 from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
 from replica.catalog.integrity import Doubt
-from replica.catalog.membership import Unguessed, any_of, covering, is_wished, literal, of_pair, walk_by_index
+from replica.catalog.membership import Unguessed, any_of, covering, literal, of_pair, walk_by_index
 from replica.catalog.provision import PAIR
-from replica.catalog.rule_states import look_soon, settle
+from replica.catalog.rule_states import settle
 from replica.db.engine import Session
-from replica.db.tables import Instant, attempts, endpoints, files, replicas, rules, transfers
+from replica.db.tables import Instant, attempts, endpoints, files, replicas, transfers
 from rules.checksums import DIGITS, Agreement, Checksums
 from rules.errors import ChecksumDiffers, Conflict, Invalid, SourceMissing
 from rules.integrity import Why
@@ -542,11 +542,11 @@ def _note(s: Session, failed: list[_Ending]) -> None:
     )
 
 
-def _blame(s: Session, endings: list[_Ending]) -> list[int]:
+def _blame(s: Session, endings: list[_Ending]) -> set[int]:
     """Replicas that two attempts found missing or wrong are no longer taken for good; locked ones are made anew."""
     said = {(e.file_id, e.source_id): e.message or e.error for e in endings if e.blames and e.source_id is not None}
     if not said:
-        return []
+        return set()
     suspects = set(said)
     # A worker of its own site is sent to look, from the first word on.
     integrity.suspect(s, [Doubt(f, source_id, text) for (f, source_id), text in said.items()], why=Why.SOURCE)
@@ -573,26 +573,5 @@ def _blame(s: Session, endings: list[_Ending]) -> list[int]:
     )
     guilty = sorted((row.file_id, row.endpoint_id) for row in s.execute(query))
     if not guilty:
-        return []
-    pairs = rows_of(s, "guilty", PAIR, guilty)
-    s.execute(replicas.update().where(of_pair(pairs)).values(state=ReplicaState.UNAVAILABLE))
-    touched = provision.count_available(s, pairs, -1)
-    cover = covering(pairs)
-    wanted = (
-        sa.select(
-            cover.c.file_id,
-            cover.c.endpoint_id,
-            sa.func.max(files.c.size_bytes).label("size_bytes"),
-            sa.func.min(rules.c.id).label("rule_id"),
-            sa.func.max(rules.c.priority).label("priority"),
-            sa.func.min(rules.c.activity).label("activity"),
-        )
-        .join(files, files.c.did_id == cover.c.file_id)
-        .join(rules, rules.c.id == cover.c.rule_id)
-        .where(is_wished(cover.c.file_id, cover.c.endpoint_id))
-        .group_by(cover.c.file_id, cover.c.endpoint_id)
-        .subquery("wanted")
-    )
-    if provision.provide(s, wanted, touched).left_stuck:
-        look_soon(s, touched)
-    return touched
+        return set()
+    return integrity.not_taken_for_good(s, guilty)

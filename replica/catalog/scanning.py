@@ -20,8 +20,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import bulk, dark, losses, outbox, scans, sites
+from replica.catalog import bulk, checks, dark, losses, scans, sites
 from replica.catalog.bulk import Columns, rows_of
+from replica.catalog.losses import Lost
 from replica.catalog.membership import Unguessed, any_of, by_index, literal, of_pair
 from replica.catalog.provision import wake_sites
 from replica.catalog.scans import PERSON, PERSON_SECONDS, finish
@@ -360,16 +361,12 @@ def compared(s: Session, site_id: int | None, told: wire.ScanCompared, *, policy
     }
     counts = Counts(values["known_files"], told.listed_files, missing + differing, dark_files)
     reason = too_many(counts, policy)
-    held = reason is not None and not row.accepted
-    if held:
-        values |= {"state": ScanState.HELD, "lease_until": None, "phase": "", "phase_files": 0}
     if reason is not None:
         values["reason"] = reason
     s.execute(table.update().where(table.c.id == row.id).values(values))
     _forget_older(s, row, before)
-    if held:
-        name = s.execute(sa.select(tables.endpoints.c.name).where(tables.endpoints.c.id == row.endpoint_id)).scalar()
-        outbox.record(s, "scan.held", row.id, row.account_id, endpoint=name, reason=reason)
+    if reason is not None and not row.accepted:
+        scans.hold_up(s, row, reason)
     else:
         scans.conclude(s, row, policy)
     return scans.get(s, row.id)
@@ -416,6 +413,7 @@ _AFTER_PROBE = {
     "there": FindingState.THERE,
     "unclear": FindingState.UNCLEAR,
 }
+_SEEN = {"missing": "nothing is there", "differs": "what is there has another size"}
 
 
 def probed(s: Session, site_id: int, report: wire.ProbeReport) -> wire.Probes:
@@ -423,6 +421,9 @@ def probed(s: Session, site_id: int, report: wire.ProbeReport) -> wire.Probes:
     look for next; after the last the scan is over."""
     row = _current(s, site_id, report.scan, report.epoch, over=True)
     if row.state is not ScanState.VERIFYING:
+        return wire.Probes(probes=[])
+    if not row.accepted and (halted := checks.halted(s, row.endpoint_id)):
+        scans.hold_up(s, row, f"the endpoint was halted for a person to look: {halted}")
         return wire.Probes(probes=[])
     if report.outcomes:
         _conclude_probes(s, row, {o.finding: o for o in report.outcomes})
@@ -451,9 +452,13 @@ def _conclude_probes(s: Session, row: sa.Row[Any], said: dict[int, wire.ProbeOut
     )
     mine = s.execute(query).all()
     gone = {f.id: f for f in mine if _AFTER_PROBE[said[f.id].outcome] is FindingState.LOST}
-    triples = [(f.file_id, row.endpoint_id, f.generation) for f in gone.values()]
-    declared = losses.declare(s, triples, ReplicaState.BAD, looked_at=row.began_at)
-    lost = set(declared.pairs)
+
+    def seen(f: sa.Row[Any]) -> Lost:
+        message = said[f.id].message or _SEEN[said[f.id].outcome]
+        return Lost(f.file_id, row.endpoint_id, f.generation, f"scan {row.id}: {message}")
+
+    declared = losses.declare(s, [seen(f) for f in gone.values()], looked_at=row.began_at)
+    lost = set(declared.bad)
     columns: Columns = {"id": sa.BigInteger(), "state": sa.SmallInteger(), "reason": sa.String()}
     rows = []
     for f in mine:
@@ -467,7 +472,7 @@ def _conclude_probes(s: Session, row: sa.Row[Any], said: dict[int, wire.ProbeOut
     values = {"state": batch.c.state, "reason": batch.c.reason}
     s.execute(findings.update().where(findings.c.id == batch.c.id).values(values))
     counts = {
-        "lost_files": table.c.lost_files + len(declared.pairs),
+        "lost_files": table.c.lost_files + len(declared.bad),
         "last_copies": table.c.last_copies + len(declared.last),
         "phase_files": table.c.phase_files + len(rows),
     }

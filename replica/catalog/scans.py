@@ -134,6 +134,13 @@ def conclude(s: Session, row: sa.Row[Any], policy: Policy) -> None:
         wake_sites(s, {row.site_id})
 
 
+def hold_up(s: Session, row: sa.Row[Any], reason: str) -> None:
+    """Nothing more is done for it until a person has said that it is so. The caller holds the scan."""
+    values = {"state": ScanState.HELD, "lease_until": None, "phase": "", "phase_files": 0, "reason": reason[:2_000]}
+    s.execute(scans.update().where(scans.c.id == row.id).values(values))
+    outbox.record(s, "scan.held", row.id, row.account_id, endpoint=_name(s, row.endpoint_id), reason=reason[:500])
+
+
 def finish(s: Session, scan_id: int, state: ScanState = ScanState.DONE, reason: str = "") -> None:
     values: dict[str, Any] = {"state": state, "finished_at": s.now, "lease_until": None, "phase": "", "phase_files": 0}
     if reason:

@@ -220,7 +220,7 @@ def _print(client: Client, found: wire.Scan, first: int, endpoint: str) -> int:
         out.many(findings, FINDINGS)
     if found.last_copies:
         say(f"LOST: {found.last_copies} of these files have no other good copy that Replica knows of")
-        say("hint: `replica events --kinds replica.lost` names them")
+        say(f"hint: `replica suspects --endpoint {endpoint}` names what is bad there, and why")
     if found.state == "held":
         say(f"replica: nothing is done: {found.reason}")
         say(f"hint: look at the storage; if it is so indeed: `replica scan {endpoint} --accept-fraction`")

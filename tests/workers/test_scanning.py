@@ -167,11 +167,18 @@ async def test_what_two_scans_miss_is_made_anew_and_what_is_dark_waits_for_a_per
     assert {n: s for n, s in place.states().items() if s != "available"} == {
         f"t:{name}": "bad" for name in (names[0], names[1], names[40])
     }
-    assert place.client.rules.show(rule.id).state == "replicating"
+    # As of any bad replica: healed from what is good; of the last copy its rule says why it cannot be.
+    assert place.client.rules.show(rule.id).state == "stuck"
     assert sorted(t.did for t in place.client.transfers.list(state="queued")) == sorted(
-        f"t:{name}" for name in (names[0], names[1], names[40])
+        f"t:{name}" for name in names[:2]
     )
-    assert [e.did for e in place.events("replica.lost")] == [f"t:{names[40]}"]
+    assert {e.did: e.payload["last_copy"] for e in place.events("replica.bad")} == {
+        f"t:{name}": name == names[40] for name in (names[0], names[1], names[40])
+    }
+    suspects = {s.did: s for s in place.client.integrity.suspects("DISK")}
+    assert {(s.why, s.proven, s.state) for s in suspects.values()} == {("scan", True, "bad")}
+    assert len(suspects) == 3
+    assert f"scan {third.id}" in suspects[f"t:{names[40]}"].message
 
     assert third.removable_files == 0
     assert place.client.scans.remove_dark(third.id).moving_files == 0
@@ -386,6 +393,25 @@ async def test_a_loss_is_only_declared_when_it_is_looked_for_again(place: Place,
     scan = place.client.scans.show(begun.id)
     assert (scan.state, scan.missing_files, scan.lost_files) == ("done", 1, 0)
     assert place.found(scan)[f"t/{names[0]}"] == ("missing", "there")
+
+
+async def test_where_a_scrub_was_halted_for_a_person_a_scan_declares_nothing_unasked(place: Place, clock: HandClock):
+    names = place.files(60)
+    (place.root / "t" / names[0]).unlink()
+    clock.turn(seconds=1)
+    await place.scan()
+    clock.turn(days=2)
+    place.client.integrity.set_scrub("DISK", depth="deep")
+    with place.db.write() as s:
+        s.execute(tables.scrubs.update().values(halted_at=s.now, halted_why="9 of 10 replicas are wrong"))
+    scan = await place.scan()
+    assert (scan.state, scan.lost_files) == ("held", 0)
+    assert "9 of 10" in scan.reason
+    assert set(place.states().values()) == {"available"}
+    place.client.scans.start("DISK", accept_fraction=True)
+    await place.work()
+    scan = place.client.scans.show(scan.id)
+    assert (scan.state, scan.lost_files) == ("done", 1)
 
 
 async def test_nobody_registers_what_is_being_moved_away(place: Place, clock: HandClock):
