@@ -100,11 +100,14 @@ def _probes(s: Session, site_id: int, claim: wire.CheckClaim, lease_until: datet
     due = (
         sa.select(suspects.c.file_id, suspects.c.endpoint_id, suspects.c.due_at, turn.label("turn"))
         .join(endpoints, endpoints.c.id == suspects.c.endpoint_id)
+        .join(replicas, of_pair(suspects))
         .outerjoin(scrubs, scrubs.c.endpoint_id == suspects.c.endpoint_id)
         .where(
             endpoints.c.site_id == site_id,
             endpoints.c.readable,
             endpoints.c.decommissioned_at.is_(None),
+            # What is being deleted would take the place of others, again and again.
+            Unguessed(any_of(replicas.c.state, _LOOKED_AT)),
             suspects.c.due_at <= s.now,
             free,
             # Halted: a person is to look first, but what a person asks for is looked at.

@@ -102,7 +102,8 @@ def suspect(s: Session, doubts: Sequence[Doubt], *, why: Why, account_id: int | 
     names = ["file_id", "endpoint_id", "why", "message", "account_id", "since", "due_at"]
     made = insert(s, suspects).from_select(names, rows).on_conflict_do_nothing()
     new = [(f, e) for f, e in s.execute(made.returning(suspects.c.file_id, suspects.c.endpoint_id))]
-    if len(new) < len(by_pair):  # doubted before, or of a life that is over: it is looked at now
+    if len(new) < len(by_pair):  # doubted before: it is looked at now
+        new += _doubted_anew(s, batch, why, account_id)
         s.execute(
             suspects.update()
             .where(
@@ -117,6 +118,37 @@ def suspect(s: Session, doubts: Sequence[Doubt], *, why: Why, account_id: int | 
     _tell(s, "replica.suspicious", {pair: {"reason": by_pair[pair]} for pair in new}, account_id)
     wake_sites_of(s, {endpoint_id for _, endpoint_id in by_pair})
     return len(new)
+
+
+def _doubted_anew(s: Session, batch: sa.FromClause, why: Why, account_id: int | None) -> list[Pair]:
+    """Those that were bad once and were healed, which nobody has written down yet: that verdict is over."""
+    there = sa.select(1).where(
+        replicas.c.file_id == suspects.c.file_id,
+        replicas.c.endpoint_id == suspects.c.endpoint_id,
+        Unguessed(any_of(replicas.c.state, (ReplicaState.AVAILABLE, ReplicaState.UNAVAILABLE))),
+    )
+    over = (
+        suspects.update()
+        .where(
+            suspects.c.file_id == batch.c.file_id,
+            Unguessed(suspects.c.endpoint_id == batch.c.endpoint_id),
+            suspects.c.was.is_not(None),
+            sa.exists(there),
+        )
+        .values(
+            why=why.value,
+            message=batch.c.message,
+            account_id=account_id,
+            since=s.now,
+            proven=False,
+            was=None,
+            due_at=s.now,
+            attempts=0,
+            lease_until=None,
+        )
+        .returning(suspects.c.file_id, suspects.c.endpoint_id)
+    )
+    return [(f, e) for f, e in s.execute(over)]
 
 
 def declare_bad(

@@ -473,7 +473,6 @@ def replicas_became_available(s: Session, pairs: sa.FromClause, *, none_there: b
     """
     guards.change_rules_that_came(s, pairs)
     concerned = count_available(s, pairs, 1, none_stuck=none_there)
-    hops.others_own(s, pairs)
     end_needless(s, pairs)
     sources_appeared(s, pairs)
     settle(s, concerned)

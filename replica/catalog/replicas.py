@@ -27,6 +27,7 @@ from replica.catalog import (
     dark,
     dids,
     endpoints,
+    hops,
     locks,
     membership,
     outbox,
@@ -144,7 +145,9 @@ def _enter(
         s.wake.add(f"site.{endpoint.site}")
     # Before the files are put into the dataset: its rules then count them once, as available, when they come in.
     if came:
-        locks.replicas_became_available(s, _pairs(s, "came", came, endpoint.id))
+        pairs = _pairs(s, "came", came, endpoint.id)
+        locks.replicas_became_available(s, pairs)
+        hops.others_own(s, pairs)
     if entered := [file for file in made if file.proven and not file.new]:
         locks.replicas_became_available(s, _pairs(s, "entered", entered, endpoint.id), none_there=True)
     attached = 0

@@ -1,0 +1,117 @@
+"""Where routes, doubts, scans and deletions meet: each knows of the others."""
+
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+
+from replica import wire
+from replica.catalog import deletions, integrity
+from replica.catalog.integrity import Doubt
+from replica.db import tables
+from replica.db.engine import Database
+from rules.integrity import PROBES_AT_ONCE, Why
+from rules.states import ReplicaState
+from tests.conftest import HandClock
+from tests.replica.catalog.test_integrity import Looks, found
+from tests.replica.catalog.test_routes import cleared, close_all_but, leg, look, show, wished
+from tests.replica.catalog.world import ROOT
+
+SCRUBBED = ("DESY-DISK", "HZDR-DISK", "GSI-DISK")
+
+
+@pytest.fixture
+def world(db: Database, clock: HandClock) -> Looks:
+    world = Looks(db)
+    world.three()
+    for name in SCRUBBED:
+        world.scrub(name, depth="off")
+    return world
+
+
+@pytest.fixture
+def routed(world: Looks) -> Looks:
+    """From DESY to HZDR only over A or B."""
+    for name in ("A-HOP", "B-HOP"):
+        world.endpoint(name, hop="true")
+        world.scrub(name, depth="off")
+    close_all_but(world, *((a, b) for hop in ("A-HOP", "B-HOP") for a, b in (("DESY-DISK", hop), (hop, "HZDR-DISK"))))
+    return world
+
+
+def under_way(world: Looks) -> tuple[wire.Rule, wire.Transfer]:
+    """A file has come as far as A, and its last leg waits."""
+    rule = wished(world)
+    assert world.claim("HZDR").orders == []
+    look(world)
+    (wanted,) = world.transfers(site="HZDR")
+    assert len(leg(world, "A")) == 1
+    return rule, wanted
+
+
+def test_a_step_that_was_doubted_and_is_good_goes_with_its_route(routed: Looks) -> None:
+    rule, wanted = under_way(routed)
+    routed.bad(wanted.did, "A-HOP")
+    routed.whole()
+    assert routed.good(wanted.did, "A-HOP").good == 1
+    (order,) = leg(routed, "HZDR")
+    assert order.sources[0].endpoint == "A-HOP"
+    assert routed.show(rule).state == "ok"
+    look(routed)
+    assert cleared(routed, "A-HOP") == 1, "it was there for the route only"
+    routed.whole()
+
+
+def test_a_step_that_is_bad_is_gone_around_and_goes_too(routed: Looks, clock: HandClock) -> None:
+    rule, wanted = under_way(routed)
+    routed.bad(wanted.did, "A-HOP")
+    assert routed.claim("HZDR").orders == []
+    look(routed)
+    routed.whole()
+    told = show(routed, wanted.id).route
+    assert told is not None and [hop.endpoint for hop in told.hops] == ["B-HOP"]
+    leg(routed, "B")
+    leg(routed, "HZDR")
+    assert routed.show(rule).state == "ok"
+    look(routed)
+    assert [cleared(routed, name) for name in ("A-HOP", "B-HOP", "DESY-DISK")] == [1, 1, 0]
+    routed.whole()
+
+
+def test_what_is_being_deleted_takes_no_place_among_the_looks(world: Looks, clock: HandClock) -> None:
+    dids = world.files(PROBES_AT_ONCE + 1, "DESY-DISK")
+    world.register(dids, "HZDR-DISK")
+    r = tables.replicas
+    with world.db.write() as s:
+        ids = sorted(s.execute(sa.select(r.c.file_id).where(r.c.endpoint_id == 1)).scalars())
+        integrity.suspect(s, [Doubt(id_, 1, "a copy disagreed") for id_ in ids], why=Why.SOURCE)
+    with world.db.write() as s:
+        for did in dids[:PROBES_AT_ONCE]:
+            deletions.ask(s, ROOT, wire.NewDeletion(did=did, endpoint="DESY-DISK"))
+    (check,) = world.checks("DESY").probes
+    assert check.did == dids[-1]
+    world.tell("DESY", found(check))
+    assert world.checks("DESY").probes == []
+    world.whole()
+
+
+def test_a_doubt_about_what_was_bad_once_and_healed_is_a_doubt(world: Looks, clock: HandClock) -> None:
+    dataset = world.collection("d")
+    (did,) = world.files(1, "DESY-DISK", dataset)
+    world.rule(dataset, "DESY-DISK|HZDR-DISK", copies=2)
+    world.evaluate()
+    world.move()
+    world.bad(did, "HZDR-DISK")
+    clock.turn(seconds=1)
+    world.move()
+    assert world.state(did, "HZDR-DISK") == "available"
+    clock.turn(seconds=1)
+    r = tables.replicas
+    with world.db.write() as s:
+        row = s.execute(sa.select(r).where(r.c.endpoint_id == 2, r.c.state == ReplicaState.AVAILABLE)).one()
+        integrity.suspect(s, [Doubt(row.file_id, 2, "it is wrong again")], why=Why.SOURCE)
+    (check,) = world.checks("HZDR").probes
+    assert check.did == did
+    (suspect,) = world.suspects()
+    assert (suspect.message, suspect.why) == ("it is wrong again", "source")
+    world.whole()
