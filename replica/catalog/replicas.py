@@ -139,15 +139,15 @@ def _enter(
     )
 
     made, came, waiting = _replicas(s, everything, endpoint.id, endpoint.name)
+    if covered is not None:
+        hops.others_own(s, covered)  # in whatever state they are
     to_verify = [*(file for file in made if not file.proven), *waiting]
     if to_verify:
         _verifications(s, to_verify, waiting, endpoint.id, endpoint.site_id)
         s.wake.add(f"site.{endpoint.site}")
     # Before the files are put into the dataset: its rules then count them once, as available, when they come in.
     if came:
-        pairs = _pairs(s, "came", came, endpoint.id)
-        locks.replicas_became_available(s, pairs)
-        hops.others_own(s, pairs)
+        locks.replicas_became_available(s, _pairs(s, "came", came, endpoint.id))
     if entered := [file for file in made if file.proven and not file.new]:
         locks.replicas_became_available(s, _pairs(s, "entered", entered, endpoint.id), none_there=True)
     attached = 0

@@ -15,7 +15,7 @@ from rules.states import ReplicaState
 from tests.conftest import HandClock
 from tests.replica.catalog.test_integrity import Looks, found
 from tests.replica.catalog.test_routes import cleared, close_all_but, leg, look, show, wished
-from tests.replica.catalog.world import ROOT
+from tests.replica.catalog.world import MB, ROOT
 
 SCRUBBED = ("DESY-DISK", "HZDR-DISK", "GSI-DISK")
 
@@ -115,3 +115,14 @@ def test_a_doubt_about_what_was_bad_once_and_healed_is_a_doubt(world: Looks, clo
     (suspect,) = world.suspects()
     assert (suspect.message, suspect.why) == ("it is wrong again", "source")
     world.whole()
+
+
+@pytest.mark.parametrize("evidence", ["hashed", "declared"])
+def test_a_step_that_has_come_and_is_registered_stays(routed: Looks, evidence: str) -> None:
+    _, wanted = under_way(routed)
+    routed.register([wanted.did], "A-HOP", size=MB, evidence=evidence)
+    leg(routed, "HZDR")
+    look(routed)
+    assert cleared(routed, "A-HOP") == 0, "somebody said that it is theirs"
+    assert routed.state(wanted.did, "A-HOP") == "available"
+    routed.whole()

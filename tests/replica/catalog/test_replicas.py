@@ -129,7 +129,7 @@ def test_hashing_later_makes_a_declared_replica_available(world: Database) -> No
         assert endpoints.get(s, "desy-1").used_bytes == 7
 
 
-def test_a_bad_replica_is_verified_by_its_site_whoever_says_that_it_is_good(world: Database) -> None:
+def test_what_is_bad_is_read_by_its_own_site_whatever_who_registers_it_says(world: Database) -> None:
     bad = sa.update(tables.replicas).values(state=ReplicaState.BAD)
     with world.write() as s:
         register(s, new("a"), new("b"))
@@ -355,6 +355,7 @@ def test_two_thousand_files_take_as_many_statements_as_ten(
     few, many = cost("few", 10), cost("many", 2_000)
     assert few == many
     with world.read() as s:
+        # Two of them: whether something is being moved to quarantine there, and whether there are routes.
         assert s.postgresql is False or (max(many) <= 39 and many[0] <= 25)
 
 
