@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from replica.catalog.bulk import Columns, rows_of
 from replica.catalog.membership import Unguessed, literal
 from replica.db.engine import Session
-from replica.db.tables import transfers
+from replica.db.tables import alias_of, transfers
 from rules.lanes import Lane
 from rules.states import TransferState
 
@@ -27,26 +27,12 @@ LET_IN_MAX = 1_000
 #: A compound statement of SQLite has so many parts at most.
 _PARTS_MAX = 400
 
-_ALONG = sa.text(
-    "SELECT "
-    + ", ".join(
-        f"set_config('enable_{name}', 'off', true)"
-        for name in ("seqscan", "hashjoin", "mergejoin", "bitmapscan", "sort", "incremental_sort")
-    )
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Key:
     activity: str
     target_id: int
     waits_for: str
-
-
-def by_lanes(s: Session) -> None:
-    """From here on in this transaction PostgreSQL goes along indexes, whatever it thinks of the size of the tables."""
-    if s.postgresql:
-        s.execute(_ALONG)
 
 
 def let_in(s: Session, site_id: int) -> None:
@@ -74,14 +60,14 @@ def keys(s: Session, site_id: int) -> list[Key]:
 
 def keys_query(site_id: int) -> sa.Select[Any]:
     """From the first transfer of a lane to the first of the next, by the index."""
-    first, there, after = (transfers.alias(name) for name in ("first", "there", "after"))
+    first, there, after = (alias_of(transfers, name) for name in ("first", "there", "after"))
     walk = sa.select(_first(first, site_id).scalar_subquery().label("id")).cte("walk", recursive=True)
     beyond = sa.tuple_(after.c.activity, after.c.target_id, after.c.waits_for) > sa.tuple_(
         there.c.activity, there.c.target_id, there.c.waits_for
     )
     following = _first(after, site_id).where(beyond).correlate(there).scalar_subquery()
     walk = walk.union_all(sa.select(following).select_from(walk.join(there, there.c.id == walk.c.id)))
-    head = transfers.alias("head")
+    head = alias_of(transfers, "head")
     return sa.select(head.c.activity, head.c.target_id, head.c.waits_for).select_from(
         walk.join(head, head.c.id == walk.c.id)
     )
@@ -113,7 +99,7 @@ def heads_query(s: Session, site_id: int, wanted: Sequence[tuple[Key, int]]) -> 
         *(t.c.id, t.c.epoch, t.c.file_id, t.c.target_id, t.c.rule_id, t.c.attempts, t.c.size_bytes),
         *(t.c.activity, t.c.waits_for, _urgency(t).label("urgency")),
     )
-    lane = transfers.alias("lane")
+    lane = alias_of(transfers, "lane")
     if not s.postgresql:
         parts = [
             sa.select(

@@ -214,6 +214,7 @@ def _switched(to: str, *names: str) -> sa.TextClause:
 _ALONG_INDEXES = _switched("off", "seqscan", "hashjoin", "nestloop", "sort")
 _AS_IT_LIKES = _switched("on", "seqscan", "hashjoin", "nestloop", "sort")
 _INTO_INDEXES = _switched("off", "seqscan", "hashjoin", "mergejoin")
+_IN_THEIR_ORDER = _switched("off", "seqscan", "hashjoin", "mergejoin", "bitmapscan", "sort", "incremental_sort")
 
 
 @contextlib.contextmanager
@@ -235,6 +236,12 @@ def walk_by_index(s: Session) -> None:
     """
     if s.postgresql:
         s.execute(_INTO_INDEXES)
+
+
+def walk_in_order(s: Session) -> None:
+    """The same, and what is first in the order of an index is found there, whatever PostgreSQL thinks of its size."""
+    if s.postgresql:
+        s.execute(_IN_THEIR_ORDER)
 
 
 def literal(state: Any) -> sa.ColumnElement[Any]:

@@ -31,7 +31,7 @@ from replica.catalog import breakers as breakers_
 from replica.catalog import endpoints as endpoints_
 from replica.catalog.breakers import Gate
 from replica.catalog.bulk import Columns, columns_of, ids_of, rows_of
-from replica.catalog.membership import Unguessed, any_of, dids_named, literal
+from replica.catalog.membership import Unguessed, any_of, dids_named, literal, walk_in_order
 from replica.db.engine import Session
 from replica.db.tables import (
     Instant,
@@ -148,7 +148,7 @@ _Given = tuple[wire.Order, _Chosen]
 
 def claim(s: Session, site_id: int, claim: wire.Claim, *, lease_seconds: float) -> wire.Orders:
     """Take up to `limit` transfers of the site: activities by their shares, in each the most urgent first."""
-    lanes.by_lanes(s)
+    walk_in_order(s)
     lanes.let_in(s, site_id)
     orders: list[wire.Order] = []
     more = full = False

@@ -55,13 +55,18 @@ def set_aside(s: Session, rule_id: int, copies: Collection[tuple[int, int]]) -> 
         batch = rows_of(s, "set_aside", UNIT, sorted(copies))
         s.execute(
             locks_table.update()
-            .where(
-                locks_table.c.rule_id == rule_id,
-                locks_table.c.unit_id == batch.c.unit_id,
-                locks_table.c.endpoint_id == batch.c.endpoint_id,
-            )
+            .where(_of(rule_id, batch))
             .values(surplus=True, applied_to=sa.case((_OPEN, 0), else_=None), bytes_pending=0)
         )
+
+
+def _of(rule_id: int, units: sa.FromClause) -> sa.ColumnElement[bool]:
+    """The rule's locks on these units there."""
+    return sa.and_(
+        locks_table.c.rule_id == rule_id,
+        locks_table.c.unit_id == units.c.unit_id,
+        locks_table.c.endpoint_id == units.c.endpoint_id,
+    )
 
 
 def let_go(s: Session, rule_id: int, limit_files: int) -> int:
@@ -80,15 +85,7 @@ def let_go(s: Session, rule_id: int, limit_files: int) -> int:
         )
     batch = rows_of(s, "let_go", UNIT, copies)
     recount(s, rule_id, batch)
-    s.execute(
-        locks_table.update()
-        .where(
-            locks_table.c.rule_id == rule_id,
-            locks_table.c.unit_id == batch.c.unit_id,
-            locks_table.c.endpoint_id == batch.c.endpoint_id,
-        )
-        .values(applied_to=None)
-    )
+    s.execute(locks_table.update().where(_of(rule_id, batch)).values(applied_to=None))
     _drop(s, rule_id, [(lock.unit_id, lock.endpoint_id) for lock in slice_ if not lock.files_available])
     return max(held, len(slice_))
 
@@ -185,9 +182,7 @@ def recount(s: Session, rule_id: int, copies: sa.FromClause) -> list[tuple[int, 
     wrong = s.execute(
         locks_table.update()
         .where(
-            locks_table.c.rule_id == rule_id,
-            locks_table.c.unit_id == counted_.c.unit_id,
-            locks_table.c.endpoint_id == counted_.c.endpoint_id,
+            _of(rule_id, counted_),
             sa.or_(*(locks_table.c[name] != counted_.c[name] for name in counters)),
         )
         .values({name: counted_.c[name] for name in counters})

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import endpoints, lanes, orders, replicas, scopes
+from replica.catalog import endpoints, lanes, membership, orders, replicas, scopes
 from replica.db import tables
 from replica.db.engine import Database
 from rules.errors import Invalid
@@ -114,7 +114,7 @@ def test_the_claim_reads_its_index_only_as_far_as_it_needs(world: World) -> None
     with world.db.write() as s:
         if s.postgresql:
             s.connection.exec_driver_sql("ANALYZE transfers")
-        lanes.by_lanes(s)
+        membership.walk_in_order(s)
         key = lanes.Key("default", target.id, "")
         for statement in (lanes.keys_query(target.site_id), lanes.heads_query(s, target.site_id, [(key, 101)])):
             query = statement.compile(s.connection, compile_kwargs={"literal_binds": True, "render_postcompile": True})
@@ -226,6 +226,7 @@ def test_a_finished_batch_costs_the_same_statements_for_2_and_for_1000_outcomes(
         with count_statements(world.db) as statements:
             assert world.report("HZDR", [done(order) for order in claimed]).accepted == limit
         counts.append(statements.count)
+    # One of them asks whether any route is open, whose next leg this would begin.
     assert counts[0] == counts[1] <= (32 if world.db.url.get_backend_name() == "sqlite" else 18), counts
     world.check()
 
