@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import deletions, integrity
+from replica.catalog import deletions, integrity, rules
 from replica.catalog.integrity import Doubt
 from replica.db import tables
 from replica.db.engine import Database
@@ -125,4 +125,59 @@ def test_a_step_that_has_come_and_is_registered_stays(routed: Looks, evidence: s
     look(routed)
     assert cleared(routed, "A-HOP") == 0, "somebody said that it is theirs"
     assert routed.state(wanted.did, "A-HOP") == "available"
+    routed.whole()
+
+
+def test_a_last_copy_that_is_bad_ends_no_way_and_a_new_source_takes_it_up(routed: Looks, clock: HandClock) -> None:
+    """The source is bad before the file has left it; then a good copy appears elsewhere."""
+    rule = wished(routed)
+    assert routed.claim("HZDR").orders == []
+    look(routed)
+    (wanted,) = routed.transfers(site="HZDR")
+    said = routed.bad(wanted.did, "DESY-DISK")
+    assert said.last_copies == [wanted.did]
+    routed.whole()
+    assert routed.claim("A").orders == []
+    look(routed)
+    clock.turn(seconds=301)
+    routed.claim("HZDR")
+    look(routed)
+    routed.whole()
+    routed.register([wanted.did], "B-HOP", size=MB)
+    routed.evaluate()
+    for _ in range(3):
+        clock.turn(seconds=301)
+        look(routed)
+        leg(routed, "HZDR")
+    assert routed.show(rule).state == "ok"
+    look(routed)
+    routed.whole()
+
+
+def test_a_rule_that_ends_while_a_step_is_bad_leaves_nothing(routed: Looks, clock: HandClock) -> None:
+    rule, wanted = under_way(routed)
+    routed.bad(wanted.did, "A-HOP")
+    routed.delete(rule)
+    look(routed)
+    routed.whole()
+    assert cleared(routed, "A-HOP") == 1
+
+
+def test_a_suspended_rule_is_not_moved_on_by_a_verdict(routed: Looks, clock: HandClock) -> None:
+    rule, wanted = under_way(routed)
+    with routed.db.write() as s:
+        rules.suspend(s, ROOT, rule.id, wire.Verdict())
+    routed.bad(wanted.did, "A-HOP")
+    look(routed)
+    routed.whole()
+    assert leg(routed, "HZDR") == [] and leg(routed, "B") == []
+    with routed.db.write() as s:
+        rules.resume(s, ROOT, rule.id)
+    clock.turn(seconds=301)
+    routed.claim("HZDR")
+    look(routed)
+    leg(routed, "B")
+    leg(routed, "HZDR")
+    assert routed.show(rule).state == "ok"
+    look(routed)
     routed.whole()
