@@ -59,6 +59,8 @@ class _Measured:
 
     periods: dict[datetime, list[float]] = field(default_factory=dict)
     slots: float = 0.0
+    #: Taken by files that come to the target from another source, too: there they count once.
+    slots_besides: float = 0.0
     moving: float = 0.0
 
     def count(self, since: datetime, values: Iterable[float]) -> None:
@@ -166,6 +168,8 @@ def _measure(s: Session, fixed: set[Key]) -> dict[Key, _Measured]:
         link = links.setdefault((source_id, target_id), _Measured())
         link.slots += float(parts) / PARTS
         link.moving += float(moving)
+    for also in s.execute(limits.read_as_well()):
+        links.setdefault((also.source_id, also.target_id), _Measured()).slots_besides += float(also.parts) / PARTS
     return _subjects(links)
 
 
@@ -184,7 +188,7 @@ def _subjects(links: Mapping[tuple[int, int], _Measured]) -> dict[Key, _Measured
             whole = found.setdefault(key, _Measured())
             for since, counts in link.periods.items():
                 whole.count(since, counts)
-            whole.slots += link.slots
+            whole.slots += link.slots if key[0] == "write" else link.slots + link.slots_besides
             whole.moving += link.moving
     return found
 

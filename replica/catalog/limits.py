@@ -82,7 +82,7 @@ def in_flight(s: Session, *, of_people: bool = True) -> dict[Key, Load]:
     )
     loads: dict[Key, Load] = {}
     # One statement for both: a claim that something limits asks this each time.
-    for row in s.execute(sa.union_all(first, _read_as_well())):
+    for row in s.execute(sa.union_all(first, read_as_well())):
         if row.activity is None:
             keys = source_keys(row.source_id, row.target_id)
         else:
@@ -110,7 +110,7 @@ def parts_sql() -> sa.ColumnElement[int]:
     return sa.case((size >= SMALL_BYTES, PARTS), (size < SMALL_BYTES // PARTS, 1), else_=size // (SMALL_BYTES // PARTS))
 
 
-def _read_as_well() -> sa.Select[Any]:
+def read_as_well() -> sa.Select[Any]:
     """Besides the first source of each claim, of no activity: few files are large enough for several."""
     t = transfers
     nobody = sa.cast(sa.null(), sa.String()).label("activity"), sa.cast(sa.null(), sa.BigInteger()).label("account_id")
@@ -130,7 +130,7 @@ def readers(s: Session) -> Counter[int]:
         .group_by(transfers.c.reads_id)
     )
     found = Counter({row.reads_id: row.files for row in s.execute(first)})
-    for row in s.execute(_read_as_well()):
+    for row in s.execute(read_as_well()):
         found[row.source_id] += row.files
     return found
 

@@ -18,6 +18,7 @@ from replica.db.engine import Database
 from rules.concurrency import FIRST, State
 from rules.errors import Invalid
 from rules.limits import PARTS, parts_of
+from rules.sources import SHARE_BYTES
 from tests.at_once import at_once
 from tests.conftest import HandClock
 from tests.replica.catalog.world import KB, MB, World, done, failed
@@ -306,3 +307,17 @@ def test_claimers_of_two_sites_at_once_never_exceed_a_number_that_changes_under_
 
     assert at_once(*[lambda n=n: work(n) for n in range(6)], decide) == [None] * 7
     db.close()
+
+
+def test_what_is_read_from_two_sources_is_in_flight_on_both_links_and_once_at_the_target(world: World) -> None:
+    dataset = world.collection("large")
+    files = world.files(1, "DESY-DISK", dataset, size=2 * SHARE_BYTES)
+    world.register(files, "GSI-DISK", size=2 * SHARE_BYTES)
+    world.rule(dataset, "HZDR-DISK")
+    (order,) = world.claim("HZDR").orders
+    assert order.sources_at_once == 2
+    adapt(world)
+    c = tables.concurrency
+    with world.db.read() as s:
+        flight = {(row.kind, row.key): row.flight for row in s.execute(sa.select(c))}
+    assert flight == {("write", "2"): 1.0, ("link", "1:2"): 1.0, ("link", "3:2"): 1.0}

@@ -6,8 +6,9 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import deletions, integrity, rules
+from replica.catalog import deletions, integrity, losses, rules
 from replica.catalog.integrity import Doubt
+from replica.catalog.losses import Lost
 from replica.db import tables
 from replica.db.engine import Database
 from rules.integrity import PROBES_AT_ONCE, Why
@@ -181,3 +182,28 @@ def test_a_suspended_rule_is_not_moved_on_by_a_verdict(routed: Looks, clock: Han
     assert routed.show(rule).state == "ok"
     look(routed)
     routed.whole()
+
+
+def test_what_may_have_been_moved_away_is_no_source_is_brought_anew_and_is_looked_at(world: Looks) -> None:
+    dataset = world.collection("d")
+    (did,) = world.files(1, "DESY-DISK", dataset)
+    rule = world.rule(dataset, "DESY-DISK|HZDR-DISK", copies=2)
+    world.evaluate()
+    world.move()
+    r = tables.replicas
+    with world.db.write() as s:
+        row = s.execute(sa.select(r).where(r.c.endpoint_id == 2)).one()
+        old = Lost(row.file_id, 2, row.generation + 1, "of another life")
+        losses.doubt(s, [old])
+        assert losses.declare(s, [old], looked_at=s.now).bad == []
+    assert world.state(did, "HZDR-DISK") == "available"
+    with world.db.write() as s:
+        losses.doubt(s, [Lost(row.file_id, 2, row.generation, "its file was moved to quarantine")])
+    assert world.state(did, "HZDR-DISK") == "unavailable"
+    assert world.show(rule).state == "replicating"
+    world.whole()
+    (check,) = world.checks("HZDR").probes
+    world.tell("HZDR", found(check))
+    assert world.state(did, "HZDR-DISK") == "available"
+    assert world.show(rule).state == "ok"
+    world.whole()
