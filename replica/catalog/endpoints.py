@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from replica import wire
 from replica.catalog import accounts, breakers, bulk, cursors, guards, hops, outbox, reasons, sites
 from replica.catalog.documents import check_attributes
-from replica.catalog.membership import Unguessed, literal
+from replica.catalog.membership import Unguessed, any_of, literal
 from replica.db import tables
 from replica.db.engine import Session
 from replica.db.tables import alias_of, endpoint_attributes, endpoints
@@ -213,14 +213,23 @@ def _forget_replicas(s: Session, endpoint_id: int, name: str, order: wire.Decomm
             raise Conflict(f"files of {name} are being changed at this moment", hint="repeat the request")
     available = literal(ReplicaState.AVAILABLE)
     other = alias_of(replicas, "other")
+    doubts = tables.suspects
+    doubted = sa.exists().where(
+        doubts.c.file_id == other.c.file_id, Unguessed(doubts.c.endpoint_id == other.c.endpoint_id)
+    )
     elsewhere = sa.exists().where(
-        other.c.file_id == replicas.c.file_id, other.c.endpoint_id != endpoint_id, Unguessed(other.c.state == available)
+        other.c.file_id == replicas.c.file_id,
+        other.c.endpoint_id != endpoint_id,
+        Unguessed(other.c.state == available),
+        sa.not_(Unguessed(doubted.correlate(other))),
     )
     last = sa.select(sa.func.count()).select_from(replicas)
-    last = last.where(here, Unguessed(replicas.c.state == available), sa.not_(elsewhere))
+    # What is bad may still be all that is left of a file.
+    there = Unguessed(any_of(replicas.c.state, (ReplicaState.AVAILABLE, ReplicaState.UNAVAILABLE, ReplicaState.BAD)))
+    last = last.where(here, there, sa.not_(elsewhere))
     if not order.last_copies and (alone := s.execute(last).scalar_one()):
         raise Refused(
-            f"of {counted(alone, 'file')} at {name} no other copy is known",
+            f"of {counted(alone, 'file')} at {name} no other good copy is known",
             hint="copy them elsewhere first; or, if they shall be lost, say so: `--last-copies`",
         )
     s.execute(sa.delete(replicas).where(here))

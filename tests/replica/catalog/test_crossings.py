@@ -6,11 +6,12 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import deletions, integrity, losses, rules
+from replica.catalog import deletions, endpoints, integrity, losses, rules
 from replica.catalog.integrity import Doubt
 from replica.catalog.losses import Lost
 from replica.db import tables
 from replica.db.engine import Database
+from rules.errors import Refused
 from rules.integrity import PROBES_AT_ONCE, Why
 from rules.states import ReplicaState
 from tests.conftest import HandClock
@@ -206,4 +207,22 @@ def test_what_may_have_been_moved_away_is_no_source_is_brought_anew_and_is_looke
     world.tell("HZDR", found(check))
     assert world.state(did, "HZDR-DISK") == "available"
     assert world.show(rule).state == "ok"
+    world.whole()
+
+
+@pytest.mark.parametrize("verdict", ["the other is doubted", "this one is bad and the last"])
+def test_an_endpoint_is_not_forgotten_with_what_may_be_the_last_copy(world: Looks, verdict: str) -> None:
+    (did,) = world.files(1, "DESY-DISK")
+    r = tables.replicas
+    if verdict == "the other is doubted":
+        world.register([did], "HZDR-DISK")
+        with world.db.write() as s:
+            file_id = s.execute(sa.select(r.c.file_id).where(r.c.endpoint_id == 2)).scalar_one()
+            integrity.suspect(s, [Doubt(file_id, 2, "a scrub could not read it")], why=Why.SCRUB)
+    else:
+        world.bad(did, "DESY-DISK")
+    with pytest.raises(Refused, match="no other good copy"), world.db.write() as s:
+        endpoints.decommission(s, "DESY-DISK", wire.Decommission(forget=True))
+    with world.db.write() as s:
+        endpoints.decommission(s, "DESY-DISK", wire.Decommission(forget=True, last_copies=True))
     world.whole()

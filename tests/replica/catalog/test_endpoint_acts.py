@@ -83,7 +83,7 @@ def test_an_endpoint_goes_out_of_service_when_nothing_is_there_that_anybody_need
     world.move()
     world.evaluate()
     assert refused() == "GSI-DISK still has copies of 3 files"
-    assert refused(forget=True) == "of 2 files at GSI-DISK no other copy is known"
+    assert refused(forget=True) == "of 2 files at GSI-DISK no other good copy is known"
     world.register(rest, "DESY-DISK")
     shown = act(world, "decommission", "GSI-DISK", wire.Decommission(forget=True))
     assert (shown.decommissioned_at is not None, shown.used_bytes, shown.draining) == (True, 0, False)

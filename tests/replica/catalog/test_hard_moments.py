@@ -178,7 +178,7 @@ def test_of_two_copies_one_is_not_deleted_while_the_other_is_forgotten(at_once: 
             with at_once.db.write() as other:
                 assert deletions.decide(other, desy).files == 0
     if first == "deletion":
-        with pytest.raises(ReplicaError, match="no other copy is known"), at_once.db.write() as s:
+        with pytest.raises(ReplicaError, match="no other good copy is known"), at_once.db.write() as s:
             forget(s)
     else:
         assert at_once.clean("DESY-DISK").kept == {"last_copy": 2}
