@@ -1498,6 +1498,27 @@ class GoodDeclared(Answer):
     to_verify: int
 
 
+class DoubtedReplica(Document):
+    did: DidText
+    endpoint: Text
+    #: What was seen.
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+
+
+class Doubts(Document):
+    """Replicas that somebody read, and found wrong or missing. No verdict: workers of their sites are sent to look."""
+
+    replicas: Annotated[list[DoubtedReplica], msgspec.Meta(min_length=1, max_length=1_000)]
+
+
+class DoubtsTaken(Answer):
+    to_look_at: int
+    #: Not known as good, doubted already, or proven just now.
+    passed_over: int
+    #: More than one account may have looked at in a day.
+    too_many: int
+
+
 class RepairWish(Document):
     did: DidText
     endpoint: Text
@@ -1510,7 +1531,7 @@ class Suspect(Answer):
     endpoint: str
     #: The replica's: available or unavailable while it is only doubted; bad.
     state: str
-    #: source | scrub | scan | person
+    #: source | scrub | scan | reader | person
     why: str
     message: str
     #: Its own site's worker found it so.

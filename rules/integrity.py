@@ -31,6 +31,12 @@ PROBES_AT_ONCE = 4
 PROBE_PAUSE_SECONDS = 60.0
 PROBE_PAUSE_MAX_SECONDS = 86_400.0
 
+#: What one account may have looked at in a day because it read something wrong: replicas, and their bytes, of which the
+#: first replica may have more. What was read again within the pause is not for that.
+DOUBTS_IN_A_DAY = 100
+DOUBTED_BYTES_IN_A_DAY = 10**12
+DOUBTS_PAUSE_SECONDS = 3_600.0
+
 #: How an endpoint is scrubbed unless somebody says otherwise.
 PERIOD_SECONDS = 90 * 86_400
 BYTES_PER_SECOND = 20_000_000
@@ -52,7 +58,8 @@ class Why(Enum):
     SOURCE = "source"  #: a transfer read it and disagreed
     SCRUB = "scrub"
     SCAN = "scan"
-    PERSON = "person"
+    READER = "reader"  #: a person's download read it and disagreed
+    PERSON = "person"  #: somebody who may judge it said so
 
 
 @dataclass(frozen=True, slots=True)

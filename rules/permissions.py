@@ -9,7 +9,8 @@ Partner   replica.api enforces it; every route names its action.
 |-------|----------------------------------------------------------------------------------------------|
 | admin | everything but a site's work: `orders.work` needs a site, and an administrator has none      |
 | user  | read everything but webhooks, whose URLs may be secret; write scopes, DIDs and replicas;     |
-|       | write rules and subscriptions, of its own account; say which of its replicas are bad         |
+|       | write rules and subscriptions, of its own account; say which of its replicas are bad, and    |
+|       | have any replica looked at, as whoever may read it may find it wrong                         |
 | site  | work off the orders of its own site (handlers take the site from the actor), ask for health; |
 |       | say which replicas at its own endpoints are bad                                              |
 """
@@ -35,6 +36,7 @@ ACTIONS = frozenset(f"{noun}.{verb}" for noun in _NOUNS for verb in ("read", "wr
     "event.read",
     "rule.approve",
     "replica.judge",
+    "replica.doubt",
 }
 
 
@@ -50,7 +52,8 @@ _MAY: Mapping[Role, frozenset[str]] = MappingProxyType(
     {
         Role.ADMIN: ACTIONS - {"orders.work"},
         Role.USER: _READING
-        | {"scope.write", "did.write", "replica.write", "rule.write", "subscription.write", "replica.judge"},
+        | {"scope.write", "did.write", "replica.write", "rule.write", "subscription.write"}
+        | {"replica.judge", "replica.doubt"},
         Role.SITE: frozenset({"orders.work", "service.read", "replica.judge"}),
     }
 )

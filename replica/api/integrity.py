@@ -6,7 +6,7 @@ from replica import wire
 from replica.api.at_site import at_site
 from replica.api.paging import Paging, Word
 from replica.api.routing import Context, Routes
-from replica.catalog import checks, scrubs, verdicts
+from replica.catalog import checks, doubts, scrubs, verdicts
 
 routes = Routes("integrity", "Whether replicas are still what they were.")
 
@@ -31,6 +31,12 @@ async def bad(context: Context, body: wire.BadReplicas) -> wire.BadDeclared:
 async def good(context: Context, body: wire.GoodReplicas) -> wire.GoodDeclared:
     """Say that replicas are not bad; what a worker has found wrong, one reads again first."""
     return await context.write(verdicts.declare_good, context.actor, body)
+
+
+@routes.post("/replicas/doubted", "replica.doubt")
+async def doubted(context: Context, body: wire.Doubts) -> wire.DoubtsTaken:
+    """Say that replicas were read and found wrong: workers of their sites look. Nothing else changes by it."""
+    return await context.write(doubts.add, context.actor, body)
 
 
 @routes.post("/replicas/repair", "replica.judge", status=201)

@@ -242,7 +242,8 @@ def _demand(s: Session, actor: Actor, endpoint: sa.Row[Any], named: dict[int, sa
         if own not in (row.account_id, row.scope_account_id):
             raise NotAllowed(
                 f"{actor.account} does not own {row.did}, nor its scope",
-                hint="its owner may, the worker of the endpoint's site, or an administrator",
+                hint="its owner may, the worker of the endpoint's site, or an administrator; to have it looked at:"
+                " `replica doubt`",
             )
 
 

@@ -69,7 +69,8 @@ def download(dids: tuple[str, ...], directory: Path, from_expression: str | None
 
     What is there already and right is left alone; what is there and different is never overwritten. Disks of this
     machine are read first, then servers, opened by your credentials file [REPLICA_CREDENTIALS_FILE]. The same command
-    again goes on where it was, within a large file too.
+    again goes on where it was, within a large file too. Of replicas that are wrong the server is told, and has them
+    looked at.
     """
     from replica.cli.progress import progress
     from replica.client import download as downloading
@@ -86,17 +87,22 @@ def download(dids: tuple[str, ...], directory: Path, from_expression: str | None
         done,
         [f"{_files(done.files, done.bytes)} in {done.dir}: {done.copied} fetched, {done.adopted} found there already"],
     )
-    _show_bad(done.bad_replicas)
+    _show_bad(done.bad_replicas, done.to_look_at, done.not_told)
     return _show_failed(done.failed)
 
 
-def _show_bad(bad: Sequence[BadReplica]) -> None:
+def _show_bad(bad: Sequence[BadReplica], to_look_at: int, not_told: str) -> None:
     for replica in bad[:_SHOWN]:
         say(f"replica: the replica of {replica.did} at {replica.endpoint} is not good: {replica.reason}")
     if len(bad) > _SHOWN:
         say(f"replica: and {counted(len(bad) - _SHOWN, 'more replica')}; -o json lists all of them")
-    if bad:
-        say("hint: tell those who look after these endpoints; the catalogue was not told")
+    if not_told:
+        say(f"hint: tell those who look after these endpoints; the server could not be told: {not_told}")
+    elif to_look_at:
+        say(f"workers of the sites were asked to look at {counted(to_look_at, 'replica')}: see `replica suspects`")
+    elif bad:
+        say("the server was told, and has nobody look: they are doubted already, were proven right just now, are not")
+        say("known as good any more, or it was enough of them for one account today")
 
 
 def _files(count: int, size: int) -> str:

@@ -1,4 +1,4 @@
-"""`replica bad`, `good`, `repair`, `suspects` and `scrub`: whether replicas are still what they were.
+"""`replica bad`, `doubt`, `good`, `repair`, `suspects` and `scrub`: whether replicas are still what they were.
 
 Given     DIDs and an endpoint; how an endpoint shall be read again.
 Returns   what became of it.
@@ -95,6 +95,34 @@ def bad(
             yield f"to be repaired, besides what rules ask for: {said.repairs}"
 
     output().lines(said, lines())
+
+
+@click.command(cls=Command)
+@click.argument("dids", nargs=-1, metavar="DID…")
+@_AT
+@_ALL_AT
+@_FROM
+@click.option("--reason", default="somebody said so", show_default=True, help="What was seen, for whoever looks later.")
+def doubt(
+    dids: tuple[str, ...], endpoint: str | None, all_at: str | None, listing: BinaryIO | None, reason: str
+) -> None:
+    """Have replicas looked at by a worker of their site. Nothing else changes, whatever you say.
+
+    For whoever read one and found it wrong; `replica download` does it by itself. Each account may have so many looked
+    at in a day.
+    """
+    from replica import wire
+
+    where = _endpoint(endpoint, all_at)
+    with connected() as client:
+        found = [wire.DoubtedReplica(did=did, endpoint=where, reason=reason) for did in _dids(dids, listing)]
+        said = client.integrity.doubt(found)
+    lines = [f"{counted(said.to_look_at, 'replica')} to be looked at"]
+    if said.passed_over:
+        lines.append(f"not known as good, doubted already, or read again just now: {said.passed_over}")
+    if said.too_many:
+        lines.append(f"more than one account may have looked at in a day: {said.too_many}")
+    output().lines(said, iter(lines))
 
 
 @click.command(cls=Command)

@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Lazy] = {
     "download": Lazy(DATA, "files:download", "Fetch files or datasets, verified."),
     "locate": Lazy(DATA, "replicas:locate", "Where the replicas of a DID are."),
     "bad": Lazy(DATA, "integrity:bad", "Declare replicas bad: healed from good copies, nothing is destroyed."),
+    "doubt": Lazy(DATA, "integrity:doubt", "Have replicas looked at by their site, whoever owns them."),
     "good": Lazy(DATA, "integrity:good", "Take that back; what was found wrong is read again first."),
     "repair": Lazy(DATA, "integrity:repair", "Mend a bad replica: only its damaged chunks are written anew."),
     "suspects": Lazy(DATA, "integrity:suspects", "Which replicas are doubted or bad, and why."),

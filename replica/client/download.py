@@ -2,7 +2,7 @@
 
 Given     DIDs of files, datasets or containers, and a folder.
 Returns   Downloaded: what was fetched, what was there already, every file that failed, with the reason, and replicas
-          that were found to be bad.
+          that were found to be bad: the server is told of them at the end, and has them looked at.
 Promises  a file has its name only when its size and checksums are those of the catalogue; a file that is there with
           other bytes is never overwritten; a replica that fails is followed by the next one; the same command again
           goes on where it was, within a large file too, however the first one ended.
@@ -37,7 +37,7 @@ from replica.client.arriving import SMALL_BYTES, Arriving
 from replica.client.landing import Landing, landing, lineage_of
 from replica.client.parallel import FULL, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
 from replica.client.places import Folder, Places
-from replica.client.sources import BadReplica, Sources
+from replica.client.sources import BadReplica, Sources, tell_of
 from replica.client.upload import LIST_FILES, Failed
 from replica.storage import chunks
 from replica.storage.base import Storage
@@ -90,7 +90,10 @@ class Downloaded(msgspec.Struct, kw_only=True):
     #: Read from sources: less than the size of what was copied, where an earlier download had got some of it.
     moved_bytes: int = 0
     failed: list[Failed] = []
+    #: Found wrong or missing. Workers of their sites look at so many of them; or why nobody was told.
     bad_replicas: list[BadReplica] = []
+    to_look_at: int = 0
+    not_told: str = ""
 
 
 @dataclass(slots=True)
@@ -122,7 +125,10 @@ def download(
     wanted = _expand(client, dids)
     _check_distinct(wanted)
     with landing(Path(dir)) as place:
-        return run_here(lambda: _download(list(wanted.values()), endpoints, place, dir, credentials, tell, threads))
+        done = run_here(lambda: _download(list(wanted.values()), endpoints, place, dir, credentials, tell, threads))
+    if done.bad_replicas:
+        done.to_look_at, done.not_told = tell_of(client, done.bad_replicas)
+    return done
 
 
 async def _download(

@@ -33,6 +33,11 @@ class Integrity:
         said = wire.GoodReplicas(endpoint=endpoint, dids=[str(did) for did in dids])
         return self._http.send(Call("POST", at("replicas", "good"), wire.GoodDeclared, said, repeatable=True))
 
+    def doubt(self, doubts: Sequence[wire.DoubtedReplica]) -> wire.DoubtsTaken:
+        """These were read, and were wrong or missing: workers of their sites look."""
+        told = [msgspec.structs.replace(one, reason=printable(one.reason)[:500]) for one in doubts]
+        return self._http.send(Call("POST", at("replicas", "doubted"), wire.DoubtsTaken, wire.Doubts(replicas=told)))
+
     def repair(self, did: str | Did, endpoint: str) -> wire.Transfer:
         wish = wire.RepairWish(did=str(did), endpoint=endpoint)
         return self._http.send(Call("POST", at("replicas", "repair"), wire.Transfer, wish, creates=True))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,8 +22,13 @@ from replica.client.places import Places, is_folder
 from replica.storage.base import Storage
 from rules.errors import ChecksumDiffers, ReplicaError, SourceMissing, TimedOut, Unreachable
 
+if TYPE_CHECKING:
+    from replica.client import Client
+
 #: So often in a row an endpoint may not answer before it is left alone.
 SILENT_TIMES = 3
+#: Bad replicas that the server is told of: more than it has looked at for one account in a day.
+TOLD_MAX = 1_000
 
 
 class BadReplica(msgspec.Struct, kw_only=True):
@@ -32,6 +38,17 @@ class BadReplica(msgspec.Struct, kw_only=True):
     endpoint: str
     path: str
     reason: str
+
+
+def tell_of(client: Client, bad: Sequence[BadReplica]) -> tuple[int, str]:
+    """Tell the server, once: how many of these workers will look at; or why the server could not be told. Whatever
+    comes of it, the download is what it is."""
+    some = bad[:TOLD_MAX]
+    doubts = [wire.DoubtedReplica(did=b.did, endpoint=b.endpoint, reason=b.reason or "it is wrong") for b in some]
+    try:
+        return client.integrity.doubt(doubts).to_look_at, ""
+    except ReplicaError as error:
+        return 0, error.message
 
 
 class Sources:

@@ -26,7 +26,10 @@ def test_an_administrator_may_everything_but_a_sites_work() -> None:
 
 def test_a_user_may_read_everything_and_write_data_and_rules() -> None:
     reading = {action for action in ACTIONS if action.endswith(".read")}
-    assert allowed(USER) == reading - {"webhook.read"} | {f"{noun}.write" for noun in USERS_WRITE} | {"replica.judge"}
+    assert allowed(USER) == reading - {"webhook.read"} | {f"{noun}.write" for noun in USERS_WRITE} | {
+        "replica.judge",
+        "replica.doubt",
+    }
 
 
 def test_a_sites_worker_may_work_and_say_what_is_bad_at_its_site() -> None:
@@ -44,7 +47,7 @@ def test_a_site_in_the_token_of_anybody_else_gives_no_work() -> None:
 
 
 def test_the_actions_are_these() -> None:
-    assert len(ACTIONS) == 31
+    assert len(ACTIONS) == 32
     assert {"endpoint.write", "transfer.write", "orders.work", "account.read", "service.read"} <= ACTIONS
     assert "service.write" not in ACTIONS
 

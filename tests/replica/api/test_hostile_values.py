@@ -26,6 +26,11 @@ VALUES = [
     *({"x" * 200: 1}, {"a": "x" * 5_000}, {"ключ": "значение"}),
 ]
 FOUND: dict[str, Any] = {"missing": [[1, 1, None]], "dark": [["s/x", 1, 0, ""]]}
+CHECKED: dict[str, Any] = {
+    **{"file": 1, "endpoint_id": 1, "epoch": 1, "outcome": "ok", "size": 1},
+    **{"checksums": {"md5": "00" * 16}, "error": "", "message": ""},
+}
+SCRUBBED = {"endpoint_id": 1, "epoch": 1, "findings": [CHECKED], "over": True, "trouble": ""}
 COMPARED = {"listed_files": 1, "listed_bytes": 1, "missing": 1, "dark": 1}
 #: A request that would be done, for each route that takes a document.
 GOOD: dict[str, dict[str, Any]] = {
@@ -201,6 +206,23 @@ GOOD: dict[str, dict[str, Any]] = {
     "POST /api/v1/orders/scans/dark": {
         "outcomes": [{"finding": 1, "epoch": 1, "outcome": "removed", "message": ""}],
     },
+    "POST /api/v1/replicas/doubted": {
+        "replicas": [{"did": "s:f", "endpoint": "DESY-DISK", "reason": "it was wrong"}],
+    },
+    "POST /api/v1/replicas/bad": {"endpoint": "DESY-DISK", "dids": ["s:f"], "reason": "dust", "repair": False},
+    "POST /api/v1/replicas/good": {"endpoint": "DESY-DISK", "dids": ["s:f"]},
+    "POST /api/v1/replicas/repair": {"did": "s:f", "endpoint": "DESY-DISK"},
+    "PATCH /api/v1/scrubs/{endpoint}": {
+        **{"depth": "deep", "bytes_per_second": 1, "files_per_second": 1.0, "period_seconds": 1},
+        **{"guard_fraction": 0.5, "resume": False, "now": False},
+    },
+    "POST /api/v1/orders/checks/claim": {"worker": "w", "limit": 1},
+    "POST /api/v1/orders/checks/heartbeat": {
+        "worker": "w",
+        "probes": [{"file": 1, "endpoint_id": 1, "epoch": 1}],
+        "scrub": [1, 1],
+    },
+    "POST /api/v1/orders/checks/report": {"worker": "w", "probes": [CHECKED], "scrub": SCRUBBED},
     # Last, as nothing goes to the endpoint afterwards.
     "POST /api/v1/endpoints/{endpoint}/ban": {"reason": "dust", "read": True, "write": True, "delete": True},
     "POST /api/v1/endpoints/{endpoint}/drain": {"reason": "dust", "undo": False},

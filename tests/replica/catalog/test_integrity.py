@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from replica import wire
-from replica.catalog import checks, deletions, fsck, integrity, scrubs, verdicts
+from replica.catalog import accounts, checks, deletions, doubts, fsck, integrity, scrubs, verdicts
 from replica.catalog.integrity import Doubt
 from replica.db import tables
 from replica.db.engine import Database
@@ -477,3 +477,57 @@ def test_statements_do_not_grow_with_the_number_of_replicas(world, clock, count_
     assert len(order.checks) == 400
     assert statements.count < 60
     world.whole()
+
+
+# --- whoever reads ----------------------------------------------------------------------------------------------------
+
+
+def doubted(world: Looks, who: str, *pairs: tuple[str, str]) -> wire.DoubtsTaken:
+    said = wire.Doubts(replicas=[wire.DoubtedReplica(did=d, endpoint=e, reason="wrong bytes") for d, e in pairs])
+    with world.db.write() as s:
+        return doubts.add(s, Actor(who, Role.USER), said)
+
+
+@pytest.fixture
+def old(world: Looks, clock: HandClock) -> list[str]:
+    """Five files at DESY-DISK, and an account that owns none of them."""
+    with world.db.write() as s:
+        accounts.add(s, wire.NewAccount(name="reader", role="user"))
+    dids = world.files(5, "DESY-DISK", world.collection("d"))
+    clock.turn(hours=2)
+    return dids
+
+
+def test_a_readers_word_has_a_replica_looked_at_and_changes_nothing_else(world, old):
+    did = old[0]
+    said = doubted(world, "reader", (did, "DESY-DISK"), (did, "HZDR-DISK"), ("s:nothing", "DESY-DISK"), (did, "NO"))
+    assert (said.to_look_at, said.passed_over, said.too_many) == (1, 3, 0)
+    assert world.state(did, "DESY-DISK") == "available"
+    (suspect,) = world.suspects()
+    assert (suspect.why, suspect.account, suspect.proven) == ("reader", "reader", False)
+    assert doubted(world, "reader", (did, "DESY-DISK")).to_look_at == 0, "it is doubted already"
+    (check,) = world.checks("DESY").probes
+    world.tell("DESY", found(check))
+    assert world.suspects() == []
+    assert doubted(world, "reader", (did, "DESY-DISK")).to_look_at == 0, "it was proven just now"
+    world.whole()
+
+
+def test_an_account_has_only_so_much_looked_at_in_a_day(world, old, clock, monkeypatch):
+    monkeypatch.setattr(doubts, "DOUBTS_IN_A_DAY", 3)
+    said = doubted(world, "reader", *((did, "DESY-DISK") for did in old))
+    assert (said.to_look_at, said.too_many) == (3, 2)
+    assert doubted(world, "reader", (old[4], "DESY-DISK")).too_many == 1
+    assert doubted(world, "root", (old[4], "DESY-DISK")).to_look_at == 1, "each account for itself"
+    clock.turn(days=2)
+    monkeypatch.setattr(doubts, "DOUBTED_BYTES_IN_A_DAY", 1)
+    assert doubted(world, "reader", (old[3], "DESY-DISK")).to_look_at == 1, "one always fits"
+    world.whole()
+
+
+def test_a_readers_word_does_not_get_past_the_halt_of_an_endpoint(world, old):
+    with world.db.write() as s:
+        checks.provide_rows(s, sa.true())
+        s.execute(tables.scrubs.update().values(halted_at=s.now))
+    doubted(world, "reader", *((did, "DESY-DISK") for did in old))
+    assert world.checks("DESY").probes == []

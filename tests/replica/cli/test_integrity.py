@@ -24,6 +24,9 @@ def test_bad_and_good_by_hand(typed: Typed, w: World, tmp_path: Path) -> None:
     assert "no good copy" in typed.error("repair", dids[0], "--endpoint", "DESY-DISK", code=1)
     assert typed.json("good", dids[0], "--endpoint", "DESY-DISK") == {"good": 1, "to_verify": 0}
     assert {r["state"] for r in typed.json("locate", dids[0])} == {"available"}
+    said = typed.json("doubt", *dids, "--endpoint", "DESY-DISK")
+    assert said == {"to_look_at": 1, "passed_over": len(dids) - 1, "too_many": 0}, "the others are bad already"
+    assert "0 replicas to be looked at" in typed("doubt", dids[0], "--endpoint", "DESY-DISK").stdout
     assert "--endpoint" in typed.error("bad", dids[0], code=2)
     assert "name DIDs" in typed.error("good", "--endpoint", "DESY-DISK", code=2)
 

@@ -273,6 +273,10 @@ def test_wrong_bytes_of_one_source_are_told_and_taken_from_the_next(far: Far, ki
     done = far.down("p1:raw")
     assert (done.files, done.failed) == (4, [])
     assert [(bad.did, bad.endpoint) for bad in done.bad_replicas] == [("p1:a.h5", "AFAR")]
+    assert (done.to_look_at, done.not_told) == (1, "")
+    (suspect,) = far.client.integrity.suspects()
+    assert (suspect.did, suspect.endpoint, suspect.state, suspect.why) == ("p1:a.h5", "AFAR", "available", "reader")
+    assert far.down("p1:raw", to="once more").to_look_at == 0
     assert files_in(far.world.directory / "back") == CONTENT
 
 
