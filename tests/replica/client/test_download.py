@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from replica import wire
+from replica.client import landing as client_landing
 from replica.client.download import download
 from replica.client.landing import landing
 from replica.client.parallel import Progress
@@ -235,3 +236,36 @@ def test_the_hidden_folder_comes_and_goes_while_others_do_the_same(tmp_path: Pat
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(go, range(6)))
     assert list((tmp_path / "x").iterdir()) == []
+
+
+@pytest.mark.parametrize("link", [".replica", ".replica/part"])
+def test_a_planted_link_does_not_have_a_download_delete_other_files(w: World, link: str):
+    """Whoever may write to a shared folder, or packs an archive, could put it there."""
+    precious = w.directory / "precious"
+    (precious / "part").mkdir(parents=True)
+    (precious / "thesis.tex").write_text("years of work")
+    (precious / "part/two.tex").write_text("years of work")
+    back = w.directory / "back"
+    (back / link).parent.mkdir(parents=True)
+    (back / link).symlink_to(precious)
+    with pytest.raises(Forbidden) as refused:
+        download(w.client, ["p1:raw"], dir=back)
+    assert ".replica" in refused.value.message
+    assert refused.value.hint
+    assert sorted(files_in(precious)) == ["part/two.tex", "thesis.tex"]
+
+
+def test_a_hidden_folder_of_somebody_elses_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """He could exchange a file between its proof and its name."""
+    (tmp_path / ".replica/part").mkdir(parents=True)
+    (tmp_path / ".replica").chmod(0o777)
+    with landing(tmp_path):
+        assert (tmp_path / ".replica").stat().st_mode & 0o777 == 0o700
+    (tmp_path / ".replica").mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with landing(tmp_path):
+        pass  # a file system on which everything belongs to one
+    (tmp_path / ".replica").mkdir()
+    monkeypatch.setattr(client_landing, "_owner_of_new", lambda *_: 4711)
+    with pytest.raises(Forbidden, match="belongs to somebody else"), landing(tmp_path):
+        pass
