@@ -5,7 +5,8 @@ Returns   Uploaded: what was copied, what was there already, and every file that
 Promises  all names are checked before the first byte moves; no file has its final name before it was verified; the same
           command again goes on where it was: what is there is verified and adopted, and in a folder of this machine a
           large file goes on within. When the catalogue refuses files, those that this upload put there are removed
-          again, never those that it found there.
+          again, never those that it found there; of two uploads at once that adopt each other's files, one that is
+          refused takes away nothing that the other one has registered.
 Partner   replica.storage.copy moves and proves one file; the catalogue takes each batch in one transaction.
 
 Storages that are reached over the network cannot be written to in ranges: a large file that was interrupted on its way
@@ -85,6 +86,8 @@ _PAUSES = (0.2, 1.0)
 #: So many files in a row may fail at a server until the rest is not tried: as forbidden, or for any reason of its own.
 _FORBIDDEN_TIMES = 3
 _FAILED_TIMES = 16
+#: Files that were adopted, and are looked for once more when they are registered.
+_LOOKS_AT_ONCE = 16
 #: So many files are looked for at each endpoint to see whether an earlier upload was on its way there.
 _LOOK_AT = 100
 
@@ -333,7 +336,8 @@ class _Run:
                     self._fail(source, type(error)(reasons[str(source.did)], hint=error.hint))
                 arrived = [(s, c) for s, c in arrived if str(s.did) not in reasons]
                 continue
-            self.result.files += done.files
+            lost = await self._bring_again([source for source, copied in arrived if copied.adopted])
+            self.result.files += done.files - lost
             self.result.new += done.new
             self.result.copied += sum(not c.adopted for _, c in arrived)
             self.result.adopted += sum(c.adopted for _, c in arrived)
@@ -345,6 +349,29 @@ class _Run:
             if copied.adopted or await in_thread(self._is_known_here, source.did):
                 continue  # it was there before us, or somebody else has registered it meanwhile: it is not ours
             await self._storage.delete(self._path(source))
+            if await in_thread(self._is_known_here, source.did):
+                # In this very moment somebody registered what he had adopted from us, and looked before it was gone.
+                await self._copy(source, Control())
+
+    async def _bring_again(self, adopted: Sequence[Source]) -> int:
+        """What was registered, and is gone: who had put it there has taken it back. Returns how many stay lost."""
+        gate = asyncio.Semaphore(_LOOKS_AT_ONCE)
+
+        async def one(source: Source) -> bool:
+            async with gate:
+                try:
+                    await self._storage.stat(self._path(source))
+                except SourceMissing:
+                    try:
+                        await self._copy(source, Control())
+                    except ReplicaError as error:
+                        self._fail(source, error)
+                        return True
+                except ReplicaError:
+                    pass  # it says nothing of this file, which was read a moment ago
+                return False
+
+        return sum(await asyncio.gather(*(one(source) for source in adopted)))
 
     def _seen_rightly(self, source: Source, error: ReplicaError) -> ReplicaError:
         """What is in the way may be the very file of that name: then it is a replica, and must not be moved away."""

@@ -9,6 +9,7 @@ from replica import wire
 from replica.client.parallel import Progress
 from replica.client.upload import gather, upload
 from replica.storage import faultpoints
+from replica.storage.posix import PosixStorage
 from rules.errors import AlreadyExists, Invalid, NotFound, Refused, ReplicaError, Unreachable
 from tests.replica.client.world import CONTENT, World, files_in, world
 from tests.replica.storage.places import as_nobody
@@ -314,7 +315,7 @@ def test_an_endpoint_that_is_not_here_comes_with_a_remedy(w: World):
 
 
 def test_when_the_endpoint_itself_fails_the_rest_is_not_tried(w: World):
-    source = w.write({f"{n:03}.dat": b"x" * 1000 for n in range(100)})
+    source = w.write({f"{n:03}.dat": b"x" * 1000 for n in range(400)})  # more lists than are copied at a time
     published = 0
 
     def handler(point: str, piece: memoryview | None) -> bytes | None:
@@ -329,7 +330,7 @@ def test_when_the_endpoint_itself_fails_the_rest_is_not_tried(w: World):
         done = upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
     assert done.failed
     assert done.not_tried > 0
-    assert done.files + len(done.failed) + done.not_tried == 100
+    assert done.files + len(done.failed) + done.not_tried == 400
     assert done.files == len(list(w.client.dids.list("p1")))
 
 
@@ -435,3 +436,44 @@ def test_a_conflict_between_two_uploads_at_once_ends_with_one_content(w: World):
     (replica,) = w.client.replicas.locate("p1:a.dat")
     there = {name for name in ("DESY-DISK", "HZDR-DISK") if (w.root(name) / "p1/a.dat").exists()}
     assert there == {replica.endpoint}
+
+
+# --- two at once --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_adopted_and_taken_back_by_whoever_had_put_it_there_is_brought_again(w: World, monkeypatch):
+    source = w.write({"a.h5": b"mine"})
+    place = w.root("DESY-DISK") / "p1/a.h5"
+    place.parent.mkdir()
+    place.write_bytes(b"mine")
+    register = w.client.replicas.register
+
+    def taken_away(registration: wire.Registration) -> wire.Registered:
+        place.unlink()  # his registration was refused in this moment
+        return register(registration)
+
+    monkeypatch.setattr(w.client.replicas, "register", taken_away)
+    done = upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    assert (done.files, done.failed) == (1, [])
+    assert at_desy(w) == {"a.h5": b"mine"}
+
+
+def test_what_was_taken_back_while_somebody_registered_it_is_brought_again(w: World, monkeypatch):
+    source = w.write({"a.h5": b"mine"})
+    register, delete = w.client.replicas.register, PosixStorage.delete
+    said: list[wire.Registration] = []
+
+    def refuse(registration: wire.Registration) -> wire.Registered:
+        said.append(registration)
+        raise Refused("the dataset is closed")
+
+    async def deleted_too_late(storage: PosixStorage, path: str) -> None:
+        if path == "p1/a.h5":
+            register(said[0])  # he had adopted the file
+        await delete(storage, path)
+
+    monkeypatch.setattr(w.client.replicas, "register", refuse)
+    monkeypatch.setattr(PosixStorage, "delete", deleted_too_late)
+    with pytest.raises(Refused):
+        upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    assert at_desy(w) == {"a.h5": b"mine"}
