@@ -2,7 +2,7 @@
 
 Given     `roots`: directories and beginnings of URLs where it may write, and delete, and read; and `sources`: further
           beginnings of URLs from which it may read. Empty `roots`: anywhere, for a system in one process.
-Returns   nothing, or Forbidden.
+Returns   nothing, or Forbidden; Unreachable, where a name has no address that could be looked at.
 Promises  a URL is within a beginning only if scheme, host and port are the same and each folder of the beginning is
           the URL's, one by one: no longer host or folder name, no '..', user name, encoded slash or odd spelling gets
           past. Directories are compared as they really are, symbolic links followed.
@@ -12,8 +12,9 @@ Reading from other sites
     With `sources`, only from what is listed there or within `roots`. Without, from any host that the storages of other
     sites may have: any by https, davs, s3, sftp or root, but never this machine, its link or a cloud's metadata
     service, by whatever spelling, name or wrapping of an address. All addresses of a name are looked at, when the
-    storage is opened. A name may have another address by the time it is connected to: a site with services behind its
-    own firewall that believe everybody lists its `sources`.
+    storage is opened; a name that has none now is not opened, for it may have one a moment later. A name may have
+    another address by the time it is connected to: a site with services behind its own firewall that believe everybody
+    lists its `sources`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from rules.errors import Forbidden, Invalid, Side
+from rules.errors import Forbidden, Invalid, Side, Unreachable
 from rules.names import shown
 
 _SAME = {"davs": "https", "dav": "http", "s3": "s3"}
@@ -36,7 +37,7 @@ _REMOTE = frozenset({"https", "s3", "s3+https", "sftp", "root", "roots"})
 _HOST = re.compile(r"[A-Za-z0-9._\-]+|[0-9A-Fa-f:.]+")
 _NETLOC = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@]+)(:[0-9]*)?")
 _METADATA = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
-_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+_NAT64 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96")))
 #: Metadata services outside of the link-local range: Alibaba's, Oracle's, and Amazon's by IPv6.
 _METADATA_ADDRESSES = frozenset({"100.100.100.200", "192.0.0.192", "fd00:ec2::254"})
 _HINT = {
@@ -75,15 +76,17 @@ class Fences:
         side = "source" if side == "source" else "target"
         if self.open and (side == "target" or not self._sources):
             return
-        reason = self._problem(url, side)
+        reason = self._problem(url, side, name)
         if reason:
             hint = _HINT["target"] if _is_directory(url) else _HINT[side]
             raise Forbidden(f"this worker may not touch {shown(url)}: {reason}", hint=hint, endpoint=name, side=side)
 
-    def _problem(self, url: str, side: Side) -> str:
+    def _problem(self, url: str, side: Side, name: str) -> str:
         if url.startswith("memory://"):
             return ""  # nothing but this process
         if _is_directory(url):
+            if "\0" in unquote(url):
+                return "it holds a NUL character"
             return "" if self._is_within_a_directory(url) else "it is outside of the directories it was given"
         try:
             place = place_of(url)
@@ -96,7 +99,7 @@ class Fences:
         if self._sources:
             listed = any(place.within(source) for source in self._sources)
             return "" if listed else "it is not among the sources it was given"
-        return _suspicious(place)
+        return _suspicious(place, name)
 
     def _is_within_a_directory(self, url: str) -> bool:
         if self.open:
@@ -146,21 +149,29 @@ def _directory(root: str) -> str:
 # ── where nobody's storage is ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _suspicious(place: _Place) -> str:
+def _suspicious(place: _Place, name: str) -> str:
     if place.scheme not in _REMOTE:
         return f"{place.scheme} is for sources that are listed"
     if place.scheme == "s3":
         return ""  # a bucket; its server is Amazon, or the one that the site's credentials name
-    if place.host.rstrip(".") in _METADATA or place.host.rstrip(".").endswith(".localhost"):
+    if place.host.rstrip(".") in _METADATA or f".{place.host.rstrip('.')}".endswith(".localhost"):
         return "this host is never a storage"
-    for address in _addresses(place.host):
+    addresses = _addresses(place.host)
+    if not addresses:
+        raise Unreachable(
+            f"{place.host} has no address now that could be looked at before it is connected to",
+            hint="see whether its name is right, and what the name server says",
+            endpoint=name,
+            side="source",
+        )
+    for address in addresses:
         if _is_inside(address):
             return f"{place.host} is {address}, this machine or something next to it"
     return ""
 
 
 def _addresses(host: str) -> list[Address]:
-    """Of a name or of any spelling of a number; none, if there is none: then nothing can be connected to either."""
+    """Of a name or of any spelling of a number; none, if there is none."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

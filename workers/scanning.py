@@ -194,7 +194,8 @@ class Scanner:
                 await asyncio.sleep(min(BACK_OFF_MAX_SECONDS, 0.25 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2))
 
     async def _scan(self, order: wire.ScanOrder) -> None:
-        storage = await asyncio.to_thread(self._storages.get, order.url, name=order.endpoint, side="source")
+        # The site's own endpoint, so within its roots: what other sites have is not for this worker to list.
+        storage = await asyncio.to_thread(self._storages.get, order.url, name=order.endpoint, side="target")
         if order.what == "list":
             comparison = await asyncio.to_thread(self._comparison, order)
             try:

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from replica import config
-from rules.errors import Forbidden, Invalid
+from rules.errors import Forbidden, Invalid, Unreachable
 from workers.fences import Fences, place_of
 from workers.storages import Storages
 
@@ -132,6 +132,8 @@ def test_what_only_looks_like_a_root_may_not(url):
         "https://100.100.100.200/x",
         "https://metadata.google.internal/x",
         "https://db.localhost/x",
+        "https://localhost./x",
+        "https://[::ffff:0:127.0.0.1]/x",
         "https://localhost/x",
         "https://rebound.example.org/x",
         "https://link.example.org/x",
@@ -141,10 +143,17 @@ def test_what_only_looks_like_a_root_may_not(url):
         "http://other.example.org/x",
         "fsspec+ftp://other.example.org/x",
         "file:///etc",
+        "file:///data%00/x",
     ],
 )
 def test_no_order_makes_a_worker_read_what_is_inside(url):
     assert not permitted(Fences(ROOTS), url, "source")
+
+
+def test_a_name_without_an_address_is_not_opened_for_it_may_have_one_a_moment_later():
+    with pytest.raises(Unreachable) as refused:
+        Fences(ROOTS).permit("https://later.example.org/x", name="X", side="source")
+    assert (refused.value.side, refused.value.endpoint) == ("source", "X")
 
 
 @pytest.mark.parametrize("url", ["https://other.example.org/x", "root://six.example.org//x", "s3://anybody/x"])

@@ -56,6 +56,7 @@ class Place:
         self.client.scopes.add("t")
         self.client.dids.add(wire.NewDid(did="t:all"))
         self.trouble: list[Exception] = []
+        self.roots: tuple[str, ...] = ()
 
     def register(self, *names: str, endpoint: str = "DISK", **more: Any) -> None:
         replicas = [
@@ -87,7 +88,7 @@ class Place:
         scanner = Scanner(
             lambda: speaking,
             trouble,
-            Storages((), self.credentials),
+            Storages(self.roots, self.credentials),
             server=self.service.url,
             worker="w",
             stopping=asyncio.Event(),
@@ -468,3 +469,12 @@ async def test_many_files_take_few_statements(
         scan = await place.scan()
     assert (scan.state, scan.dark_files, scan.known_files) == ("done", 20, 600)
     assert statements.count < 130
+
+
+async def test_a_worker_lists_nothing_outside_of_its_roots(db: Database, clock: HandClock, tmp_path: Path):
+    """Also not what it may read from: what is at another site is not this one's to tell."""
+    with placed(db, tmp_path, "https://192.0.2.9/data") as place:
+        place.roots = ("/data/site",)
+        scan = await place.scan()
+    assert scan.state == "failed"
+    assert "outside of the roots" in scan.reason

@@ -438,7 +438,7 @@ def test_a_conflict_between_two_uploads_at_once_ends_with_one_content(w: World):
     assert there == {replica.endpoint}
 
 
-# --- two at once --------------------------------------------------------------------------------------------------------
+# --- two at once ------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_adopted_and_taken_back_by_whoever_had_put_it_there_is_brought_again(w: World, monkeypatch):
