@@ -102,7 +102,7 @@ async def _fails(storage: Storage, credentials: Credentials, db: Database, direc
         worker = sites.issue_token(s, "DESY").token
     with listening(create_app(db)) as (host, port):
         place = Place.__new__(Place)
-        place.credentials, place.directory, place.db, place.trouble = credentials, directory, db, []
+        place.credentials, place.directory, place.db, place.trouble, place.roots = credentials, directory, db, [], ()
         place.client = Client(f"http://{host}:{port}", admin)
         place.service = type("Service", (), {"url": f"http://{host}:{port}", "worker": worker})
         scan: wire.Scan = await place.scan()
