@@ -57,6 +57,7 @@ def upload(paths: tuple[Path, ...], scope: str, dataset: str | None, endpoint: s
             f" {done.copied} copied, {done.adopted} found there already"
         ],
     )
+    _show_bad(done.bad_replicas, done.to_look_at, done.not_told)
     return _show_failed(done.failed, done.not_tried)
 
 

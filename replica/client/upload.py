@@ -35,6 +35,7 @@ import xxhash
 from replica import wire
 from replica.client.parallel import FULL, THREADS, Job, Progress, Tell, in_parallel, nobody, run_here
 from replica.client.places import Folder, Places, is_folder
+from replica.client.sources import BadReplica, tell_of
 from replica.storage import chunks
 from replica.storage.base import Storage
 from replica.storage.copy import (
@@ -46,12 +47,15 @@ from replica.storage.copy import (
     copy_file,
     copy_local_batch,
     measure,
+    measure_local,
 )
 from replica.storage.credentials import Credentials
 from replica.storage.faults import blaming
+from replica.storage.hashing import extra_for
 from replica.storage.judging import COPYING
 from replica.storage.posix import PosixStorage
 from replica.storage.threads import in_thread, run
+from rules.checksums import Agreement, Checksums
 from rules.errors import (
     AlreadyExists,
     Conflict,
@@ -116,6 +120,11 @@ class Uploaded(msgspec.Struct, kw_only=True):
     failed: list[Failed] = []
     #: Files that were not tried because the endpoint itself failed.
     not_tried: int = 0
+    #: Registered there with the bytes that were to be uploaded, and others are there. Workers look at so many of them;
+    #: or why nobody was told.
+    bad_replicas: list[BadReplica] = []
+    to_look_at: int = 0
+    not_told: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +181,10 @@ def upload(
         finally:
             await places.close()
 
-    return run_here(go)
+    done = run_here(go)
+    if done.bad_replicas:
+        done.to_look_at, done.not_told = tell_of(client, done.bad_replicas)
+    return done
 
 
 class _Run:
@@ -199,7 +211,7 @@ class _Run:
         self._tags = (f"{tag}-{number}" for number in count(1))
         #: Failures of a server's since something arrived there.
         self._in_a_row = 0
-        self.result = Uploaded(endpoint=place.name, dataset=str(parent) if parent else None, failed=[])
+        self.result = Uploaded(endpoint=place.name, dataset=str(parent) if parent else None, failed=[], bad_replicas=[])
 
     async def go(self, batch: Sequence[Source]) -> bool:
         """Copy and register a batch; False if there is no point in going on."""
@@ -375,18 +387,40 @@ class _Run:
 
     def _seen_rightly(self, source: Source, error: ReplicaError) -> ReplicaError:
         """What is in the way may be the very file of that name: then it is a replica, and must not be moved away."""
-        if not isinstance(error, TargetExists) or not self._is_known_here(source.did):
+        if not isinstance(error, TargetExists) or (known := self._replica_here(source.did)) is None:
             return error
+        if known.state == "available" and self._are_its_bytes(source, known):
+            reason = f"{known.path} has other bytes than the catalogue says, and than what is uploaded"
+            self.result.bad_replicas.append(
+                BadReplica(did=known.did, endpoint=known.endpoint, path=known.path, reason=reason)
+            )
+            return Conflict(
+                f"{source.did} is registered at {self._place.name} with just these bytes, but others are there",
+                hint="its replica there is bad, and was not touched: see `replica suspects`",
+            )
         return AlreadyExists(
             f"{source.did} is registered at {self._place.name} with other bytes; the replica was not touched",
             hint="a name stands for one content for ever: upload other bytes under another name",
         )
 
-    def _is_known_here(self, did: Did) -> bool:
-        try:
-            return any(r.endpoint == self._place.name for r in self._client.replicas.locate(str(did)))
-        except NotFound:
+    def _are_its_bytes(self, source: Source, known: wire.Replica) -> bool:
+        if known.size != source.size_bytes:
             return False
+        said = Checksums.of(known.checksums)
+        try:
+            _, found = measure_local(self._folder(source), source.path, control=Control(), algorithms=extra_for(said))
+        except ReplicaError:
+            return False
+        return found.compare(said) is Agreement.AGREE
+
+    def _is_known_here(self, did: Did) -> bool:
+        return self._replica_here(did) is not None
+
+    def _replica_here(self, did: Did) -> wire.Replica | None:
+        try:
+            return next((r for r in self._client.replicas.locate(str(did)) if r.endpoint == self._place.name), None)
+        except NotFound:
+            return None
 
     def _fail(self, source: Source, error: ReplicaError) -> None:
         self.result.failed.append(Failed(did=str(source.did), path=source.local, reason=error.message, hint=error.hint))

@@ -294,7 +294,8 @@ class Http:
     def is_own(self, url: str) -> bool:
         """Within the storage: the only place its secrets are sent to."""
         split = urlsplit(url)
-        return _origin(split) == self.origin and (split.path + "/").startswith(self.base_path + "/")
+        beneath = (split.path + "/").startswith(self.base_path + "/") and "/../" not in unquote(split.path + "/")
+        return _origin(split) == self.origin and beneath
 
     def party(self, url: str, path: str) -> Party:
         """For a third-party copy, which replica.storage.thirdparty sends itself: one end of it, with its secrets."""

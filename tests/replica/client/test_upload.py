@@ -477,3 +477,14 @@ def test_what_was_taken_back_while_somebody_registered_it_is_brought_again(w: Wo
     with pytest.raises(Refused):
         upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
     assert at_desy(w) == {"a.h5": b"mine"}
+
+
+def test_a_replica_that_rotted_is_looked_at_when_its_file_is_uploaded_again(w: World):
+    source = w.write({"a.h5": b"mine"})
+    upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    (w.root("DESY-DISK") / "p1/a.h5").write_bytes(b"mind")
+    done = upload(w.client, [source], scope="p1", endpoint="DESY-DISK")
+    assert "with just these bytes, but others are there" in done.failed[0].reason
+    assert (done.files, len(done.bad_replicas), done.to_look_at, done.not_told) == (0, 1, 1, "")
+    assert [(s.did, s.why) for s in w.client.integrity.suspects()] == [("p1:a.h5", "reader")]
+    assert at_desy(w) == {"a.h5": b"mind"}

@@ -341,6 +341,14 @@ def test_a_status_has_one_meaning():
 # ── redirects and secrets ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("path", ["/data/%2e%2e/secret", "/data/../secret", "/data/x/.%2E/../..", "/database", "/dat"])
+def test_no_secret_goes_beside_the_storages_folder_however_it_is_spelled(path: str):
+    http = Http("davs://se.example.org/data", {"token": "canary"}, name="X")
+    assert http.is_own("https://SE.example.org:443/data/a%2520..b/..c")
+    assert not http.is_own(f"https://se.example.org{path}")
+    assert http._authorization(f"https://se.example.org{path}", "x") == {}
+
+
 async def test_a_redirect_is_followed_only_to_hosts_that_were_named_and_no_secret_goes_along():
     elsewhere = []
 
