@@ -531,3 +531,23 @@ def test_a_readers_word_does_not_get_past_the_halt_of_an_endpoint(world, old):
         s.execute(tables.scrubs.update().values(halted_at=s.now))
     doubted(world, "reader", *((did, "DESY-DISK") for did in old))
     assert world.checks("DESY").probes == []
+
+
+def test_a_site_says_nothing_of_anothers_replicas(world, old):
+    doubted(world, "reader", (old[0], "DESY-DISK"))
+    (check,) = world.checks("DESY").probes
+    assert world.checks("GSI").probes == []
+    for outcome in ("missing", "differs", "ok"):
+        assert world.tell("GSI", found(check, outcome)).accepted == 0
+    world.scrub("DESY-DISK", depth="deep", now=True)
+    with world.db.write() as s:
+        beat = wire.CheckHeartbeat(
+            worker="GSI/1",
+            probes=[wire.ProbeBeat(file=check.file, endpoint_id=check.endpoint_id, epoch=check.epoch)],
+        )
+        assert checks.heartbeat(s, world.sites["GSI"], beat, lease_seconds=LEASE).stop == [check.file]
+    worker = Actor("worker", Role.SITE, "GSI")
+    with pytest.raises(NotAllowed):
+        world.bad(old[0], "DESY-DISK", worker)
+    assert world.state(old[0], "DESY-DISK") == "available"
+    assert len(world.suspects()) == 1

@@ -26,6 +26,8 @@ def test_bad_and_good_by_hand(typed: Typed, w: World, tmp_path: Path) -> None:
     assert {r["state"] for r in typed.json("locate", dids[0])} == {"available"}
     said = typed.json("doubt", *dids, "--endpoint", "DESY-DISK")
     assert said == {"to_look_at": 1, "passed_over": len(dids) - 1, "too_many": 0}, "the others are bad already"
+    (event,) = typed.json("events", "--kinds", "account.doubted")
+    assert event["payload"]["replicas"] == 1
     assert "0 replicas to be looked at" in typed("doubt", dids[0], "--endpoint", "DESY-DISK").stdout
     assert "--endpoint" in typed.error("bad", dids[0], code=2)
     assert "name DIDs" in typed.error("good", "--endpoint", "DESY-DISK", code=2)
