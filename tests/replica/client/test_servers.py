@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class Far:
         return Credentials(self.tables)
 
     def url(self, kind: str) -> tuple[str, dict[str, str]]:
-        folder = f"w{os.getpid()}-{id(self)}-{len(self.tables)}"
+        folder = f"w{secrets.token_hex(8)}-{len(self.tables)}"
         if kind in ("apache", "rclone"):
             server = self.asked.getfixturevalue({"apache": "apache", "rclone": "rclone_server"}[kind])
             return f"{server.url.replace('http:', 'dav:')}/{folder}", {}
