@@ -270,7 +270,7 @@ def _targets(s: Session, name: str, ended: Sequence[_Ending] | Sequence[sa.Row[A
 def _as_said(row: sa.Row[Any], said: wire.Outcome, sources: dict[str, int], worker: str) -> _Ending:
     source_id = sources.get(said.source_endpoint or "", row.source_id)
     if said.outcome == "done" and not said.error and not said.message:
-        read = {sources[name]: size for name, size in said.read_from.items() if name in sources}
+        read = {sources[name]: min(size, row.size_bytes) for name, size in said.read_from.items() if name in sources}
         ending = _ending(row, "done", source_id, worker, seconds=said.seconds, read_from=read or None)
         if said.moved_bytes is not None:  # what a repair moved, for the history of attempts and of the link
             ending.size = min(ending.size, said.moved_bytes)
