@@ -46,14 +46,20 @@ def dav(server: Any) -> str:
 
 
 async def test_web_servers_share_a_file_and_what_came_from_each_is_told(centre, world, running, servers):
-    centre.add(ordered(world, 2, *((name, dav(server)) for name, server in servers.items())))
-    await running()
-    await centre.wait_for(1, 30)
-    (outcome,) = centre.outcomes
-    assert (outcome.outcome, outcome.size) == ("done", len(CONTENT)), outcome
+    order = ordered(world, 2, *((name, dav(server)) for name, server in servers.items()))
+    mover = await running()
+    for again in range(8):  # a server that is asked a moment later may find that the other one has given all already
+        centre.add(msgspec.structs.replace(order, transfer=order.transfer + again))
+        mover.wake()
+        await centre.wait_for(1 + again, 30)
+        outcome = centre.outcomes[again]
+        assert (outcome.outcome, outcome.size) == ("done", len(CONTENT)), outcome
+        assert (world.directory / "TARGET/f").read_bytes() == CONTENT
+        if outcome.read_from:
+            break
+        (world.directory / "TARGET/f").unlink()
     assert outcome.read_from.keys() == servers.keys()
     assert sum(outcome.read_from.values()) == len(CONTENT)
-    assert (world.directory / "TARGET/f").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("bad", ["APACHE", "SOURCE"])
