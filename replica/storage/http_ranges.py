@@ -68,13 +68,19 @@ class Spans:
             self._corrected = True
             self.wanted = self._next(asked.offset, size)
             return 0
-        file = size, headers.get("ETag", "")
+        file = size, _opaque(headers.get("ETag", ""))
         if self.begun and file != self._file:
             raise Changed("it changed while it was read: its size or its ETag is another one")
         self._file = file
         after = asked.offset + count
         self.wanted = self._next(after, size) if count and after < min(size, self._end or size) else None
         return count
+
+
+def _opaque(etag: str) -> str:
+    """An ETag without the mark of weakness: Apache marks that of a file for as long as it is younger than a second, and
+    the same file's a moment later is the same without it."""
+    return etag.removeprefix("W/")
 
 
 def _size_of(headers: Mapping[str, str]) -> int:
