@@ -11,15 +11,13 @@ Partner   workers.mover starts it; replica.catalog.checks gives the orders and t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from replica import wire
-from replica.client import AsyncClient
-from replica.log import Sparing, get_logger
+from replica.log import Sparing
 from replica.storage.base import Storage
 from replica.storage.copy import Control, Expected, Stopped, measure_local
 from replica.storage.hashing import Hasher
@@ -30,14 +28,13 @@ from replica.storage.threads import run
 from rules.checksums import Agreement, Checksums
 from rules.errors import Busy, Invalid, ReplicaError, SourceMissing, Unreachable
 from rules.integrity import Depth
+from workers.beside import Beside
 from workers.runtime import LEASE_TRUSTED, REQUEST_SECONDS
-from workers.storages import Storages
 
 #: Probes read side by side; a scrub reads one file after the other.
 PROBES_AT_ONCE = 2
 #: What was found is told so often, so that a kill loses little.
 REPORT_SECONDS = 5.0
-BACK_OFF_MAX_SECONDS = 60.0
 #: Between the two looks that must both find nothing.
 LOOK_AGAIN_SECONDS = 0.2
 #: Of a file whose checksum a server is asked for: what servers of the field can tell.
@@ -81,32 +78,14 @@ class Paced(Control):
         self._pieces = 0
 
 
-class Checker:
-    """`run` in the mover's event loop; `wake` from there, too."""
+class Checker(Beside):
+    """Whether what the site keeps is still right. At the stop, what has not been looked at is given back."""
 
-    def __init__(
-        self,
-        speak: Callable[[], AsyncClient],
-        trouble: Callable[[str, Exception], Awaitable[None]],
-        storages: Storages,
-        *,
-        worker: str,
-        stopping: asyncio.Event,
-        poll_seconds: float,
-        dice: Callable[[], float],
-    ) -> None:
-        self._speak = speak
-        self._trouble = trouble
-        self._storages = storages
-        self._worker = worker
-        self._stopping = stopping
-        self._poll_seconds = poll_seconds
-        self._dice = dice
-        self._woken = asyncio.Event()
-        self._log = get_logger(worker=worker)
+    what = "checks"
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
         self._sparing = Sparing(20.0)
-        self._lease_seconds = 120.0
-        self._alive_until = 0.0
         #: In hands, by file and endpoint; and the batch.
         self._probes: dict[tuple[int, int], wire.Check] = {}
         self._scrub: wire.ScrubOrder | None = None
@@ -117,43 +96,24 @@ class Checker:
         self.checked = self.wrong = 0
         self.bytes_read = 0
 
-    def wake(self) -> None:
-        self._woken.set()
-
     async def run(self) -> None:
-        """Until the stop; what has not been looked at by then is given back."""
-        failures = 0
         self._threads = ThreadPoolExecutor(PROBES_AT_ONCE, thread_name_prefix="check")
         try:
-            while not self._stopping.is_set():
-                self._woken.clear()
-                try:
-                    pause = await self._round()
-                except (ReplicaError, TimeoutError) as error:
-                    failures += 1
-                    await self._trouble("checks", error)
-                    pause = min(BACK_OFF_MAX_SECONDS, 0.5 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2)
-                    await self._pause(pause)
-                    continue
-                failures = 0
-                if pause > 0:
-                    await self._pause(min(pause, self._poll_seconds * (0.5 + self._dice())), self._woken)
+            await super().run()
         finally:
             for control in self._controls:
                 control.stop()
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _round(self) -> float:
-        """Claim, look, tell; returns how long to wait before the next."""
+    async def _round(self) -> float | None:
         asked_at = time.monotonic()
         claim = wire.CheckClaim(worker=self._worker)
         answer = await asyncio.wait_for(self._speak().checks.claim(claim), REQUEST_SECONDS)
-        self._lease_seconds = answer.lease_seconds
-        self._alive_until = asked_at + LEASE_TRUSTED * answer.lease_seconds
+        self._leased(asked_at, answer.lease_seconds)
         self._probes = {(check.file, check.endpoint_id): check for check in answer.probes}
         self._scrub = answer.scrub
         if not answer.probes and answer.scrub is None:
-            return answer.again_seconds
+            return answer.again_seconds or None
         beating = asyncio.create_task(self._beat_for_ever())
         stopping = asyncio.create_task(self._stop_reads())
         try:
@@ -166,7 +126,7 @@ class Checker:
                 task.cancel()
             await asyncio.gather(beating, stopping, return_exceptions=True)
             self._probes, self._scrub = {}, None
-        return 0.0
+        return None
 
     async def _stop_reads(self) -> None:
         await self._stopping.wait()
@@ -395,23 +355,13 @@ class Checker:
             except (ReplicaError, TimeoutError) as error:
                 await self._trouble("checks", error)
                 failures += 1
-                if self._stopping.is_set() or time.monotonic() > self._alive_until:
+                if self._stopping.is_set() or not self._is_alive:
                     return None  # the lease ends by itself, and somebody looks again
-                await asyncio.sleep(min(BACK_OFF_MAX_SECONDS, 0.25 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2))
+                await asyncio.sleep(self._back_off(failures))
                 continue
             if answer.stale:
                 self._log.info("findings.stale", files=answer.stale[:20], count=len(answer.stale))
             return answer
-
-    async def _pause(self, seconds: float, woken: asyncio.Event | None = None) -> None:
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self._stopping, woken) if event is not None]
-        try:
-            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waiting:
-                wait.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await wait
 
 
 def _finding(check: wire.Check, outcome: str, **more: object) -> wire.CheckOutcome:

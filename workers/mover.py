@@ -30,6 +30,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from replica import wire
 from replica.client import AsyncClient
@@ -37,6 +38,7 @@ from replica.log import Sparing, get_logger
 from replica.storage.base import Storage
 from replica.storage.credentials import Credentials
 from rules.errors import Invalid, NoSpace, NotAllowed, NotAuthenticated, ReplicaError, Unavailable
+from workers.beside import Beside
 from workers.carrying import LIST_BYTES, LIST_FILES, Carrier, Held
 from workers.checking import Checker
 from workers.removing import Remover
@@ -60,6 +62,8 @@ BACK_OFF_MAX_SECONDS = 20.0
 STALE_PART_SECONDS = 48 * 3600.0
 COLLECT_EVERY_SECONDS = 24 * 3600.0
 SPACE_EVERY_SECONDS = 60.0
+
+_Loop = TypeVar("_Loop", bound=Beside)
 
 
 class Mover:
@@ -151,34 +155,9 @@ class Mover:
         if self._outcomes:
             self._to_report.set()
         self._carrier = Carrier(self._storages, self._finish, concurrency=self.concurrency)
-        self.remover = Remover(
-            self._speak,
-            self._trouble,
-            self._storages,
-            worker=self.worker,
-            stopping=self._stop_asked,
-            poll_seconds=self.poll_seconds,
-            dice=self._dice,
-        )
-        self.scanner = Scanner(
-            self._speak,
-            self._trouble,
-            self._storages,
-            server=self.server,
-            worker=self.worker,
-            stopping=self._stop_asked,
-            poll_seconds=self.poll_seconds,
-            dice=self._dice,
-        )
-        self.checker = Checker(
-            self._speak,
-            self._trouble,
-            self._storages,
-            worker=self.worker,
-            stopping=self._stop_asked,
-            poll_seconds=self.poll_seconds,
-            dice=self._dice,
-        )
+        self.remover = self._beside(Remover)
+        self.scanner = self._beside(Scanner)
+        self.checker = self._beside(Checker)
         with self._state_lock:
             self._loop = asyncio.get_running_loop()
             if self._stopping:
@@ -216,6 +195,18 @@ class Mover:
             await self._storages.close()
             await self._drop_client()
             self._log.info("mover.stopped", done=self.done, failed=self.failed, given_back=self.given_back)
+
+    def _beside(self, kind: type[_Loop]) -> _Loop:
+        return kind(
+            self._speak,
+            self._trouble,
+            self._storages,
+            server=self.server,
+            worker=self.worker,
+            stopping=self._stop_asked,
+            poll_seconds=self.poll_seconds,
+            dice=self._dice,
+        )
 
     async def _wind_up(self, claimer: asyncio.Task[None]) -> None:
         """Give back what has not begun, let the rest finish or stop it, and tell the server all of it."""

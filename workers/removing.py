@@ -11,89 +11,55 @@ Partner   workers.mover starts it; replica.catalog.removals gives orders and tak
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from replica import wire
-from replica.client import AsyncClient
-from replica.log import Sparing, get_logger
+from replica.log import Sparing
 from replica.storage.base import Storage
 from rules.errors import Busy, Invalid, Permanent, Refused, ReplicaError, SourceMissing
+from workers.beside import Beside
 from workers.runtime import LEASE_TRUSTED, REQUEST_SECONDS
-from workers.storages import Storages
 
 #: How many one claim takes, and how many of them are removed side by side.
 CLAIM_FILES = 1_000
 AT_ONCE = 8
 #: After so long what is done is told, also when not all is.
 REPORT_SECONDS = 5.0
-BACK_OFF_MAX_SECONDS = 60.0
 #: Failures are told so often.
 SAY_AGAIN_SECONDS = 20.0
 
 
-class Remover:
-    """`run` in the mover's event loop; `wake` from there, too."""
+class Remover(Beside):
+    """What the site shall keep no longer. At the stop, what has not begun is given back, and what is known is told."""
 
-    def __init__(
-        self,
-        speak: Callable[[], AsyncClient],
-        trouble: Callable[[str, Exception], Awaitable[None]],
-        storages: Storages,
-        *,
-        worker: str,
-        stopping: asyncio.Event,
-        poll_seconds: float,
-        dice: Callable[[], float],
-    ) -> None:
-        self._speak = speak
-        self._trouble = trouble
-        self._storages = storages
-        self._worker = worker
-        self._stopping = stopping
-        self._poll_seconds = poll_seconds
-        self._dice = dice
-        self._woken = asyncio.Event()
-        self._log = get_logger(worker=worker)
+    what = "removals"
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
         self._sparing = Sparing(SAY_AGAIN_SECONDS)
         self._waiting: deque[wire.DeletionOrder] = deque()
         self._running: dict[int, wire.DeletionOrder] = {}
         self._outcomes: list[wire.DeletionOutcome] = []
         #: Not ours any more, as the server said.
         self._lost: set[int] = set()
-        self._alive_until = 0.0
-        self._lease_seconds = 120.0
         #: Counted since the start, for people and tests.
         self.removed = self.failed = self.given_back = 0
 
-    def wake(self) -> None:
-        self._woken.set()
-
-    async def run(self) -> None:
-        """Until the stop; then what has not begun is given back, and all that is known is told."""
-        failures = 0
-        while not self._stopping.is_set():
-            self._woken.clear()
-            try:
-                more = await self._claim()
-            except (ReplicaError, TimeoutError) as error:
-                failures += 1
-                await self._trouble("removals", error)
-                await self._pause(min(BACK_OFF_MAX_SECONDS, 0.5 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2))
-                continue
-            failures = 0
-            if self._waiting:
-                await self._work_off()
-            if not more:
-                await self._pause(self._poll_seconds * (0.5 + self._dice()), self._woken)
+    async def _round(self) -> float | None:
+        more = await self._claim()
+        if self._waiting:
+            await self._work_off()
+        return None if more else math.inf
 
     async def _claim(self) -> bool:
         asked_at = time.monotonic()
         claim = wire.DeletionClaim(worker=self._worker, limit=CLAIM_FILES)
         answer = await asyncio.wait_for(self._speak().deletions.claim(claim), REQUEST_SECONDS)
-        self._lease_seconds = answer.lease_seconds
-        self._alive_until = asked_at + LEASE_TRUSTED * answer.lease_seconds
+        self._leased(asked_at, answer.lease_seconds)
         self._lost.clear()
         self._waiting.extend(answer.orders)
         if answer.orders:
@@ -138,7 +104,7 @@ class Remover:
                 self._outcomes.append(outcome)
 
     def _is_mine(self, order: wire.DeletionOrder) -> bool:
-        return order.deletion not in self._lost and time.monotonic() < self._alive_until
+        return order.deletion not in self._lost and self._is_alive
 
     async def _remove(self, order: wire.DeletionOrder) -> wire.DeletionOutcome | None:
         """None: the lease was lost before the bytes were touched; whoever has it now removes them."""
@@ -232,7 +198,7 @@ class Remover:
                 if once:
                     return
                 failures += 1
-                await asyncio.sleep(min(BACK_OFF_MAX_SECONDS, 0.25 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2))
+                await asyncio.sleep(self._back_off(failures))
                 continue
             del self._outcomes[: len(batch)]
 
@@ -250,11 +216,3 @@ class Remover:
             return
         if answer.stale:
             self._log.info("report.stale", deletions=answer.stale[:20], count=len(answer.stale))
-
-    async def _pause(self, seconds: float, woken: asyncio.Event | None = None) -> None:
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self._stopping, woken) if event is not None]
-        try:
-            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waiting:
-                wait.cancel()

@@ -15,34 +15,30 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from replica import wire
-from replica.client import AsyncClient
 from replica.client.calls import NOTHING
 from replica.client.scans import claim_call, know, order_call, told_of
-from replica.log import get_logger
 from replica.storage.base import OWN, Entry, Storage
 from replica.storage.comparing import Comparison, Dark, Missing, own_folder, remove_stale
 from rules.errors import Busy, Conflict, NotFound, ReplicaError, SourceMissing, Unreachable
+from workers.beside import Beside
 from workers.runtime import LEASE_TRUSTED, REQUEST_SECONDS
-from workers.storages import Storages
 
 #: How many entries of a listing are dealt out at a time, and how many findings are told at a time.
 ENTRIES = 5_000
 FINDINGS = 5_000
 #: How many files are looked for side by side, or moved away.
 AT_ONCE = 16
-#: Between two questions that found nothing, however often the bell rings.
-GAP_SECONDS = 2.0
-BACK_OFF_MAX_SECONDS = 60.0
 
 T = TypeVar("T")
 
@@ -51,70 +47,32 @@ class _Lost(Exception):
     """The scan is not ours any more."""
 
 
-class Scanner:
-    """`run` in the mover's event loop; `wake` from there, too."""
+class Scanner(Beside):
+    """Whether the site's storages hold what the catalogue says, and nothing else."""
 
-    def __init__(
-        self,
-        speak: Callable[[], AsyncClient],
-        trouble: Callable[[str, Exception], Awaitable[None]],
-        storages: Storages,
-        *,
-        server: str,
-        worker: str,
-        stopping: asyncio.Event,
-        poll_seconds: float,
-        dice: Callable[[], float],
-        folder: Path | None = None,
-    ) -> None:
-        self._speak = speak
-        self._trouble = trouble
-        self._storages = storages
-        self._server = server
-        self._worker = worker
-        self._stopping = stopping
-        self._poll_seconds = poll_seconds
-        self._dice = dice
+    what = "scans"
+    gap_seconds = 2.0
+
+    def __init__(self, *given: Any, folder: Path | None = None, **more: Any) -> None:
+        super().__init__(*given, **more)
         self._folder = folder
-        self._woken = asyncio.Event()
-        self._log = get_logger(worker=worker)
-        self._lease_seconds = 120.0
-        self._alive_until = 0.0
         self._phase = ""
         self._files = 0
         #: Counted since the start, for people and tests.
         self.scanned = self.failed = self.moved_away = 0
 
-    def wake(self) -> None:
-        self._woken.set()
-
-    async def run(self) -> None:
-        failures = 0
-        while not self._stopping.is_set():
-            self._woken.clear()
-            try:
-                worked = await self._once()
-            except (ReplicaError, TimeoutError) as error:
-                failures += 1
-                await self._trouble("scans", error)
-                await self._pause(min(BACK_OFF_MAX_SECONDS, 0.5 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2))
-                continue
-            failures = 0
-            if not worked:
-                await self._pause(min(GAP_SECONDS, self._poll_seconds))
-                await self._pause(self._poll_seconds * (0.5 + self._dice()), self._woken)
-
-    async def _once(self) -> bool:
+    async def _round(self) -> float | None:
         asked_at = time.monotonic()
         call = claim_call(wire.ScanClaim(worker=self._worker))
         work = await asyncio.wait_for(self._speak().send(call), REQUEST_SECONDS)
-        self._lease_seconds = work.lease_seconds
-        self._alive_until = asked_at + LEASE_TRUSTED * work.lease_seconds
+        self._leased(asked_at, work.lease_seconds)
         if work.scan is not None:
             await self._carry_out(work.scan)
         elif work.dark:
             await self._move_away(work.dark)
-        return work.scan is not None or bool(work.dark)
+        else:
+            return math.inf
+        return None
 
     # ── one scan ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -191,7 +149,7 @@ class Scanner:
                     raise
                 failures += 1
                 await self._trouble("scans", error)
-                await asyncio.sleep(min(BACK_OFF_MAX_SECONDS, 0.25 * 2 ** min(failures, 10)) * (0.5 + self._dice() / 2))
+                await asyncio.sleep(self._back_off(failures))
 
     async def _scan(self, order: wire.ScanOrder) -> None:
         # The site's own endpoint, so within its roots: what other sites have is not for this worker to list.
@@ -320,7 +278,7 @@ class Scanner:
                 is_older = order.mtime_ns == 0 or found.mtime_ns // 10**9 == order.mtime_ns // 10**9
                 if found.size_bytes != order.size or not is_older:
                     return said("kept", "it changed since it was found")
-                if time.monotonic() >= self._alive_until or self._stopping.is_set():
+                if not self._is_alive or self._stopping.is_set():
                     return None
                 where = await storage.quarantine(order.path)
             except SourceMissing:
@@ -329,14 +287,6 @@ class Scanner:
                 return said("failed", str(error) or type(error).__name__)
         self._log.info("dark.moved_away", endpoint=order.endpoint, path=order.path, to=where)
         return said("removed", f"now {where}")
-
-    async def _pause(self, seconds: float, woken: asyncio.Event | None = None) -> None:
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self._stopping, woken) if event is not None]
-        try:
-            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waiting:
-                wait.cancel()
 
 
 async def _probe(storage: Storage, probe: wire.Probe, gate: asyncio.Semaphore) -> wire.ProbeOutcome:

@@ -102,7 +102,7 @@ class Place:
         """All there is to do for a worker now."""
         scanner, speaking = self.scanner()
         try:
-            while await scanner._once():
+            while await scanner._round() is None:
                 pass
         finally:
             await speaking.close()
@@ -325,7 +325,7 @@ async def test_a_killed_worker_is_replaced_and_its_work_gone_on_with(
     with monkeypatch.context() as slow:
         slow.setattr(PosixStorage, "list", hangs)
         scanner, speaking = place.scanner()
-        task = asyncio.create_task(scanner._once())
+        task = asyncio.create_task(scanner._round())
         await reached.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -389,7 +389,7 @@ async def test_a_loss_is_only_declared_when_it_is_looked_for_again(place: Place,
         await verify(order, storage)
 
     scanner._verify = comes_back  # type: ignore[method-assign]
-    await scanner._once()
+    await scanner._round()
     await speaking.close()
     scan = place.client.scans.show(begun.id)
     assert (scan.state, scan.missing_files, scan.lost_files) == ("done", 1, 0)
