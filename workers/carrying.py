@@ -258,20 +258,11 @@ class Carrier:
         """By chunks, going on where an earlier attempt of this transfer ended; False if that cannot be done here."""
         order = held.order
         began = time.monotonic()
-        failures: dict[str, Exception] = {}
         try:
             target = await self._opened(order.target_url, order.target_endpoint, "target")
             if not resumable(target, held.expected):
                 return False
-            sources = []
-            for source in order.sources:
-                try:
-                    storage = await self._opened(source.url, source.endpoint, "source")
-                    sources.append(Source(storage, source.path))
-                except Exception as error:  # noqa: BLE001  the other sources may do
-                    failures[source.endpoint] = error
-            if not sources:
-                raise next(iter(failures.values()))
+            sources = await self._sources(order)
             copied = await copy_chunked(
                 sources,
                 target,
@@ -284,10 +275,7 @@ class Carrier:
                 on_failure=lambda source, error: self._source_failed(held, source.storage.name, error),
             )
         except Exception as error:  # noqa: BLE001  whatever it is, it is this order's outcome
-            at_source = isinstance(error, StorageError) and error.side == "source"
-            known = {source.endpoint for source in order.sources}
-            blamed = error.endpoint if isinstance(error, StorageError) and error.endpoint in known else None
-            self._finish(held, self._ended(held, error, blamed or order.sources[0].endpoint if at_source else None))
+            self._finish(held, self._ended(held, error, _blamed(order, error)))
             return True
         if not copied.adopted and copied.moved_bytes < order.size:
             self._log.info("transfer.resumed", did=order.did, transfer=order.transfer, moved_bytes=copied.moved_bytes)
@@ -298,18 +286,9 @@ class Carrier:
         """In place: the damaged file stays until a new one is proven, made of its good chunks and of fetched ones."""
         order = held.order
         began = time.monotonic()
-        failures: dict[str, Exception] = {}
         try:
             target = await self._opened(order.target_url, order.target_endpoint, "target")
-            sources = []
-            for source in order.sources:
-                try:
-                    storage = await self._opened(source.url, source.endpoint, "source")
-                    sources.append(Source(storage, source.path))
-                except Exception as error:  # noqa: BLE001  the other sources may do
-                    failures[source.endpoint] = error
-            if not sources:
-                raise next(iter(failures.values()))
+            sources = await self._sources(order)
             repaired = await repair(
                 target,
                 order.target_path,
@@ -321,10 +300,7 @@ class Carrier:
                 on_failure=lambda source, error: self._source_failed(held, source.storage.name, error),
             )
         except Exception as error:  # noqa: BLE001  whatever it is, it is this order's outcome
-            at_source = isinstance(error, StorageError) and error.side == "source"
-            known = {source.endpoint for source in order.sources}
-            blamed = error.endpoint if isinstance(error, StorageError) and error.endpoint in known else None
-            self._finish(held, self._ended(held, error, blamed or order.sources[0].endpoint if at_source else None))
+            self._finish(held, self._ended(held, error, _blamed(order, error)))
             return
         copied = repaired.copied
         self._log.info(
@@ -376,6 +352,19 @@ class Carrier:
             raise Permanent(
                 f"the URL of {name} cannot be used: {error.message}", hint=error.hint, endpoint=name, side=side
             ) from error
+
+    async def _sources(self, order: wire.Order) -> list[Source]:
+        """Those that can be opened; if none can, the first one's error."""
+        sources: list[Source] = []
+        failures: list[Exception] = []
+        for source in order.sources:
+            try:
+                sources.append(Source(await self._opened(source.url, source.endpoint, "source"), source.path))
+            except Exception as error:  # noqa: BLE001  the other sources may do
+                failures.append(error)
+        if not sources:
+            raise failures[0]
+        return sources
 
     async def _opened(self, url: str, name: str, side: Side) -> Storage:
         if (known := self._storages.known(url, name=name, side=side)) is not None:
@@ -437,6 +426,14 @@ def _done(held: Held, copied: Copied, source: str | None, seconds: float) -> wir
         verified_by=copied.verified_by,
         seconds=max(0.0, seconds),
     )
+
+
+def _blamed(order: wire.Order, error: Exception) -> str | None:
+    """The source whose failure it is; None: no source's."""
+    if not isinstance(error, StorageError) or error.side != "source":
+        return None
+    known = {source.endpoint for source in order.sources}
+    return error.endpoint if error.endpoint in known else order.sources[0].endpoint
 
 
 def _next_may_help(held: Held, error: Exception, index: int) -> bool:

@@ -17,6 +17,7 @@ from queue import Queue
 from typing import Any, Generic, TypeVar
 
 from replica.storage.copy import Control
+from replica.storage.threads import end_tasks
 from rules.errors import ReplicaError
 
 K = TypeVar("K")
@@ -100,7 +101,7 @@ async def in_parallel(
     finally:
         for _, control in running.values():
             control.stop()
-        await _end(list(running))
+        await end_tasks(list(running))
 
 
 def _ended(job: Job[K, R], task: asyncio.Task[Sequence[R | Exception]]) -> Iterator[Ended[K, R]]:
@@ -113,23 +114,6 @@ def _ended(job: Job[K, R], task: asyncio.Task[Sequence[R | Exception]]) -> Itera
             raise result
         else:
             yield Ended(key, result, None)
-
-
-async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel them, and wait until they ended, however often we are cancelled meanwhile."""
-    for task in tasks:
-        task.cancel()
-    again: asyncio.CancelledError | None = None
-    while left := [task for task in tasks if not task.done()]:
-        try:
-            await asyncio.wait(left)
-        except asyncio.CancelledError as error:
-            again = error
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at, so that nobody complains that it was not
-    if again is not None:
-        raise again
 
 
 def run_here(main: Callable[[], Coroutine[Any, Any, R]]) -> R:

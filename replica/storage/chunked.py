@@ -60,6 +60,7 @@ from replica.storage.parts_local import LocalPart
 from replica.storage.pieces import closing
 from replica.storage.posix import PosixStorage
 from replica.storage.proof import WINDOW_BYTES
+from replica.storage.threads import end_tasks
 from rules.checksums import Agreement, Checksums
 from rules.errors import (
     Broken,
@@ -149,24 +150,6 @@ class _Feed:
         elapsed = time.monotonic() - self.run.began
         total = sum(layout.length(number) for number in self.run.numbers)
         return elapsed * (total - self.run.bytes_done) / max(self.run.bytes_done, 1)
-
-
-async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel them, and wait until they ended, however often we are cancelled meanwhile: their threads still use
-    descriptors that are closed next."""
-    for task in tasks:
-        task.cancel()
-    again: asyncio.CancelledError | None = None
-    while left := [task for task in tasks if not task.done()]:
-        try:
-            await asyncio.wait(left)
-        except asyncio.CancelledError as error:
-            again = error
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at, so that nobody complains that it was not
-    if again is not None:
-        raise again
 
 
 class Attempt:
@@ -381,7 +364,7 @@ class Attempt:
             proving.result()
         finally:
             tasks = [proving, *feeding, *(f.moving for f in feeds.values() if f.moving is not None)]
-            await _end(tasks)
+            await end_tasks(tasks)
 
     def _ended(self, place: int, task: asyncio.Task[None]) -> None:
         """A feed ends only by an error: a source's costs the source, any other the attempt."""

@@ -245,7 +245,7 @@ class _Attempt:
         while True:
             control.check()
             with translated(source_label, order.source_path, "source"):
-                count = read_hashing(reading, buffer, hasher)
+                count = read_hashing(reading, buffer, hasher.update)
             if not count:
                 break
             if hasher.size_bytes > size_bytes:
@@ -393,14 +393,18 @@ class _Attempt:
             self._folder = -1
 
 
-def read_hashing(descriptor: int, buffer: memoryview, hasher: Hasher) -> int:
-    """Fill the buffer from a file and hash it on the way; how much there was, 0 at the end."""
+def read_hashing(
+    descriptor: int, buffer: memoryview, update: Callable[[memoryview], None], at: int | None = None
+) -> int:
+    """Fill the buffer from a file, from that place or (None) from where it stands, and hash it on the way by `update`;
+    how much there was, 0 at the end."""
     filled = 0
     while filled < len(buffer):
-        count = os.readv(descriptor, [buffer[filled : filled + STRIDE_BYTES]])
+        stride = buffer[filled : filled + STRIDE_BYTES]
+        count = os.readv(descriptor, [stride]) if at is None else os.preadv(descriptor, [stride], at + filled)
         if not count:
             break
-        hasher.update(buffer[filled : filled + count])
+        update(stride[:count])
         filled += count
     return filled
 
@@ -426,7 +430,7 @@ def measure_local(
             if fresh:
                 drop_cache(descriptor)
             buffer = memoryview(bytearray(min(PIECE_BYTES, before.size_bytes + 1)))
-            while read_hashing(descriptor, buffer, hasher):
+            while read_hashing(descriptor, buffer, hasher.update):
                 control.check()
                 if hasher.size_bytes > before.size_bytes:
                     raise changed(storage, path)

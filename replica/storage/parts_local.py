@@ -22,7 +22,7 @@ import xxhash
 from replica.storage import faultpoints, unfinished
 from replica.storage.base import Piece
 from replica.storage.chunks import Chunk, Layout, line, map_of, this_machine, token_of
-from replica.storage.copy_local import still
+from replica.storage.copy_local import read_hashing, still
 from replica.storage.faults import blaming, translated
 from replica.storage.hashing import STRIDE_BYTES, adler32
 from replica.storage.judging import COPYING, Control, ReadBack, changed, differs
@@ -114,7 +114,7 @@ class LocalPart:
                     if wanted.abandoned:
                         return
                     with translated(storage.name, source.path, "source"):
-                        count = _read_hashing(reading, buffer[: min(PIECE_BYTES, end - at)], at, tally)
+                        count = read_hashing(reading, buffer[: min(PIECE_BYTES, end - at)], tally.update, at)
                     if not count:
                         with blaming("source"):
                             raise changed(storage, source.path)
@@ -229,18 +229,6 @@ class LocalPart:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._map = -1
-
-
-def _read_hashing(descriptor: int, buffer: memoryview, at: int, tally: Tally) -> int:
-    """Fill the buffer from this place of a file and hash it on the way; how much there was, 0 at the end."""
-    filled = 0
-    while filled < len(buffer):
-        count = os.preadv(descriptor, [buffer[filled : filled + STRIDE_BYTES]], at + filled)
-        if not count:
-            break
-        tally.update(buffer[filled : filled + count])
-        filled += count
-    return filled
 
 
 def _from_thread(done: Done) -> Done:

@@ -1,4 +1,4 @@
-"""Blocking calls in threads, cancelled without harm.
+"""Blocking calls in threads and tasks that use them, cancelled without harm.
 
 Given     a function that blocks.
 Returns   its result, without blocking the event loop.
@@ -10,10 +10,10 @@ Partner   replica.storage.posix and replica.storage.copy.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,3 +45,21 @@ async def run(
         if not future.cancelled() and future.exception() is None and undo is not None:
             undo(future.result())
         raise
+
+
+async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel them, and wait until they ended, however often we are cancelled meanwhile: their threads still use
+    descriptors that are closed next."""
+    for task in tasks:
+        task.cancel()
+    again: asyncio.CancelledError | None = None
+    while left := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            again = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody complains that it was not
+    if again is not None:
+        raise again
